@@ -18,3 +18,5 @@ from .learner import *
 from .report import *
 from .run import *
 from .imagewang import *
+
+__all__ = [o for o in globals() if not o.startswith('_')]   # this room has no names of its own

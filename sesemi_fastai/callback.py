@@ -8,6 +8,7 @@ __all__ = ['PretextHead', 'PretextColumns', 'RotationPretext']
 # %% ../nbs/05_callback.ipynb #ea15e8b5
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
+from contextlib import nullcontext
 from .data import *
 from .objectives import *
 from .features import *
@@ -89,7 +90,9 @@ def _attach(cb, learn):
     cb.tap = find_tap(model, x.as_subclass(Tensor), cb._features)
     host = cb.tap.linear or [o for o in model.modules() if next(o.children(),None) is None and len(list(o.parameters()))][-1]
     if hasattr(host,'pretext_head') and host.pretext_head is not None: raise ValueError("This Learner has a RotationPretext already: remove that one first with learn.remove_cb(RotationPretext).")
-    if cb.pretext_head is None or cb.pretext_head.in_features!=cb.tap.width: cb.pretext_head = PretextHead(cb.tap.width, cb.objective.n_out)
+    if cb.pretext_head is None or cb.pretext_head.in_features!=cb.tap.width:
+        seed = getattr(dls[-1],'seed',None)
+        with seeded(random_key(seed, 'pretext head')) if seed is not None else nullcontext(): cb.pretext_head = PretextHead(cb.tap.width, cb.objective.n_out)
     host.pretext_head = cb.pretext_head.to(device=p.device, dtype=p.dtype)
     cb._host,cb._learn = host,learn
     learn.add_cb(cb.pretext_columns)
@@ -112,7 +115,8 @@ def before_fit(self:RotationPretext):
     if self.opt is None: return
     have = {p for pg in self.opt.param_lists for p in pg}
     new = [p for p in self.pretext_head.parameters() if p not in have]
-    if new: self.opt.param_lists = L(*[list(pg) for pg in self.opt.param_lists[:-1]], [*self.opt.param_lists[-1], *new])
+    *first,last = self.opt.param_lists
+    if new: self.opt.param_lists = L([*map(list, first), [*last, *new]], use_list=None)
 
 @patch
 def before_train(self:RotationPretext):

@@ -108,7 +108,7 @@ def write_report(
     text,twins = leaderboard(out, link),{o.results['seed']:o for o in read_runs(out, 'twin')}
     for o in read_runs(out):
         fig = plot_run(o, twins.get(o.results['seed']))
-        for p in [o]+[twins[o.results['seed']]]*(o.results['seed'] in twins): fig.savefig(p.path/'curves.png', dpi=110)
+        for p in filter(None, (o, twins.get(o.results['seed']))): fig.savefig(p.path/'curves.png', dpi=110)
         plt.close(fig)
     (Path(out)/'leaderboard.md').write_text(text, encoding='utf-8')
     return text
