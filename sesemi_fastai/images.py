@@ -99,7 +99,7 @@ def unpack(
             with tarfile.open(path) as t:
                 for m in t: _check_member(m, path)
         except (tarfile.TarError, EOFError, OSError, zlib_error) as e:
-            raise BadArchiveError(f"{path} can't be unpacked ({e}): it isn't a whole tar archive; fetch it again.") from e
+            raise BadArchiveError(f"{path} can't be unpacked ({str(e).splitlines()[0].rstrip(':')}): it isn't a whole tar archive; fetch it again.") from e
         dest.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=dest))
         try:

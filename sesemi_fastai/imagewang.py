@@ -160,3 +160,6 @@ def main(args=None):
     except (ValueError, OSError) as e:
         print(f'sesemi_imagewang: {e}', file=sys.stderr)
         sys.exit(2)
+
+# %% ../nbs/11_imagewang.ipynb #63805e98
+if __name__=='__main__': main()

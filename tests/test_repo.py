@@ -1,0 +1,59 @@
+"The repository's parts agree: notebooks and modules, README and index, settings and package"
+import configparser,json,os,re,shutil,subprocess,sys,tomllib,zipfile
+from pathlib import Path
+import pytest
+import sesemi_fastai
+
+root = Path(__file__).parent.parent
+cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini'); cfg = cfg['DEFAULT']
+
+def run(*args, cwd=root):
+    return subprocess.run([str(o) for o in args], cwd=cwd, capture_output=True, text=True)
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "The tracked and new files, without history, so that nothing here touches the checkout"
+    dst = tmp_path_factory.mktemp('repo')
+    for o in run('git','ls-files','-co','--exclude-standard').stdout.splitlines():
+        if not (root/o).exists(): continue
+        (dst/o).parent.mkdir(parents=True, exist_ok=True); shutil.copy(root/o, dst/o)
+    return dst
+
+def test_settings_are_the_one_place():
+    project = tomllib.loads((root/'pyproject.toml').read_text())['project']
+    assert (project['name'], project['description'], project['requires-python']) == (cfg['lib_name'], cfg['description'], f">={cfg['min_python']}")
+    assert sesemi_fastai.__version__==cfg['version']
+
+def test_modules_are_the_notebooks(copy):
+    before = {o.name:o.read_text() for o in (root/'sesemi_fastai').glob('*.py')}
+    r = run(Path(sys.executable).parent/'nbdev-export', cwd=copy); assert r.returncode==0, r.stderr
+    assert {o.name:o.read_text() for o in (copy/'sesemi_fastai').glob('*.py')}==before, 'run `make prepare`'
+
+def test_notebooks_are_clean(copy):
+    before = {o.name:o.read_text() for o in (root/'nbs').glob('*.ipynb')}
+    r = run(Path(sys.executable).parent/'nbdev-clean', cwd=copy); assert r.returncode==0, r.stderr
+    assert {o.name:o.read_text() for o in (copy/'nbs').glob('*.ipynb')}==before, 'run `make prepare`'
+
+def test_notebooks_have_ids_and_small_outputs():
+    for o in (root/'nbs').glob('*.ipynb'):
+        nb = json.loads(o.read_text())
+        assert (nb['nbformat'], nb['nbformat_minor'])==(4,5) and o.stat().st_size<300_000, o
+        ids = [c['id'] for c in nb['cells']]; assert len(set(ids))==len(ids), o
+
+def test_readme_is_the_index():
+    r = run(sys.executable, 'tools/readme.py', '--check'); assert r.returncode==0, r.stdout+r.stderr
+
+def test_no_errors_by_ruff():
+    r = run(sys.executable,'-m','ruff','check','--no-cache','--select','E9,F63,F7,F82','--ignore','F821','sesemi_fastai','tests','tools','setup.py')
+    assert r.returncode==0, r.stdout
+
+def test_modules_stay_small():
+    for o in (root/'sesemi_fastai').glob('*.py'):
+        if o.name!='_modidx.py': assert len(o.read_text().splitlines())<=300, o
+
+def test_wheel_holds_the_sample(copy, tmp_path):
+    r = run(sys.executable,'-m','build','--wheel','--no-isolation','-o',tmp_path, cwd=copy); assert r.returncode==0, r.stdout+r.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
+    assert {'sesemi_fastai/data/fashionwang.tgz','sesemi_fastai/data/LICENSE-fashionwang','sesemi_fastai/imagewang.py'}<=set(names)
+    entry = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).read(next(o for o in names if o.endswith('entry_points.txt'))).decode()
+    assert 'sesemi_imagewang = sesemi_fastai.imagewang:main' in entry

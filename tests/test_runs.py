@@ -1,0 +1,89 @@
+"The command from images to a leaderboard row, and that a result depends on its seed alone"
+import json,os,shutil,subprocess,sys
+from pathlib import Path
+import pytest,torch
+from fastai.vision.all import Learner,load_learner
+from torchvision.models import resnet18
+from sesemi_fastai.all import *
+
+def config(folder, **kw):
+    return RunConfig(str(folder), 'noise', **(dict(size=32, epochs=1, arch='resnet10', unlabeled_bs=4, num_workers=0, steps=4)|kw))
+
+@pytest.fixture
+def weights(folder, tmp_path):
+    "Bytes of `model.pth` of a run, for settings that differ"
+    def f(name, data=folder, **kw):
+        train_run(config(data, **kw), tmp_path/name, plain=True)
+        return (tmp_path/name/'model.pth').read_bytes()
+    return f
+
+def test_number_of_workers_changes_nothing(weights):
+    first = weights('0')
+    assert weights('1', num_workers=1)==first and weights('2', num_workers=2)==first
+    assert weights('other', seed=1)!=first
+
+def test_global_generators_change_nothing(weights):
+    first = weights('0'); torch.rand(7)
+    assert weights('1')==first
+
+def test_labels_of_the_unlabelled_pool_are_not_read(folder, weights, tmp_path):
+    "The same pictures in the same order, with a class's name on their folder, give the same weights"
+    poisoned = tmp_path/'poisoned'; shutil.copytree(folder, poisoned)
+    (poisoned/'unsup').rename(poisoned/'b'); (poisoned/'unsup').mkdir(); (poisoned/'b').rename(poisoned/'unsup/b')
+    assert weights('0')==weights('1', data=poisoned)
+
+def test_val_can_be_kept_out(folder):
+    assert len(config(folder).dls().unlabeled.dataset)==16+8+12
+    items = config(folder, val_in_pool=False).dls().unlabeled.dataset.items
+    assert len(items)==16+12 and not any(folder/'val' in o.parents for o in items)
+
+def test_twin_sees_the_same_labelled_images(folder):
+    a,b = (config(folder).dls().train.get_idxs() for _ in range(2))
+    assert a==b
+
+def test_command_with_twin(folder, tmp_path):
+    out = tmp_path/'out'
+    r = subprocess.run([sys.executable,'-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4',
+                        '--runs','2','--twin','--num_workers','0','--steps','3','--out',str(out)], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    for o in ('Classes    2: a, b','Left out   1 folders of train (3 images)','16 labelled, 36 unlabelled (val among them)','2 epochs of 3 steps = 6 steps, 192 image passes','Time       about'): assert o in r.stdout
+    for seed in (0,1):
+        for kind in ('run','twin'):
+            assert {o.name for o in (out/f'{kind}-{seed}').iterdir()}=={'results.json','model.pth','history.csv','steps.csv','curves.png'}
+    res = json.loads((out/'run-1/results.json').read_text())
+    assert {'accuracy','seed','epochs','steps','size','arch','recipe','val_in_pool','image_passes','seconds','versions','commit'}<=set(res)
+    assert res['seed']==1 and res['steps']==6 and res['image_passes']==192 and 0<=res['accuracy']<=100
+    assert json.loads((out/'twin-1/results.json').read_text())['image_passes']==96
+    assert '|32|2|SESEMI|' in (out/'leaderboard.md').read_text() and '2,mean&pm;std' in (out/'leaderboard.md').read_text()
+    acc = (out/'run-1/history.csv').read_text().splitlines()[-1].split(',')[3]
+    assert abs(float(acc)*100-res['accuracy'])<1e-4
+
+def test_export_loads_without_this_package(folder, tmp_path):
+    dls = PairedDataLoaders.from_folder(folder, size=32, unlabeled_bs=4, bs=8, num_workers=0, seed=0)
+    learn = sesemi_learner(dls, resnet18)
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly_warmup(1, .01, cbs=RotationPretext())
+    learn.path = tmp_path; learn.export()
+    image = folder/'val/a/0.png'
+    with learn.no_bar(): want = learn.predict(image)[2]
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0]=='sesemi_fastai': raise ImportError(name)
+sys.meta_path.insert(0, Block())
+from fastai.vision.all import *
+learn = load_learner({str(tmp_path/'export.pkl')!r})
+print([*map(float, learn.predict({str(image)!r})[2])])
+"""
+    r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    assert torch.allclose(torch.tensor(json.loads(r.stdout.strip().splitlines()[-1])), want, atol=1e-6)
+
+@pytest.mark.slow
+def test_real_imagewang(real_data, tmp_path):
+    "One epoch of the real split, at 64 px, with its twin"
+    main = [sys.executable,'-m','sesemi_fastai.imagewang',str(real_data/'imagewang-80.tgz'),'--size','64','--arch','resnet18','--epochs','1','--twin','--out',str(tmp_path/'out')]
+    r = subprocess.run(main, capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    assert '1,275 labelled, 12,954 unlabelled (val among them), 3,929 for validation' in r.stdout and '10 folders of train (13,394 images)' in r.stdout
+    assert '1 epochs of 404 steps' in r.stdout
