@@ -22,7 +22,7 @@ from .report import *
 # %% ../nbs/11_imagewang.ipynb #834f177c
 _urls = dict(imagewang=URLs.IMAGEWANG, imagewang_320=URLs.IMAGEWANG_320, imagewang_160=URLs.IMAGEWANG_160)
 _defaults = dict(size=224, epochs=80, arch='resnet50', unlabeled_bs=32)
-_sample_defaults = dict(size=28, epochs=6, arch='resnet10', unlabeled_bs=16, lr=.05)
+_sample_defaults = dict(size=28, epochs=2, arch='resnet10', unlabeled_bs=16, lr=.05)
 
 def get_data(
     name:str # 'sample', 'imagewang', 'imagewang_320', 'imagewang_160', a folder or an archive
@@ -110,7 +110,7 @@ def train_all(
 def sesemi_imagewang(
     data:str='sample', # sample, imagewang, imagewang_320, imagewang_160, a folder, or an archive
     size:int=None, # Side of the training crop in pixels [224; sample 28]
-    epochs:int=None, # Passes over the unlabelled images [80; sample 6]
+    epochs:int=None, # Passes over the unlabelled images [80; sample 2]
     arch:str=None, # resnet10 or a classifier of torchvision [resnet50; sample resnet10]
     unlabeled_bs:int=None, # Unlabelled images a step, labelled are four times as many [32; sample 16]
     runs:int=1, # Runs, with seeds that follow each other
