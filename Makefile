@@ -8,10 +8,10 @@ demo: $(VENV)/.installed
 	$(BIN)/sesemi_imagewang --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests
 
 slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q tests -m slow
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests -m slow
 
 # After editing notebooks: modules, clean notebooks, README
 prepare: $(VENV)/.installed
