@@ -161,5 +161,5 @@ def main(args=None):
         print(f'sesemi_imagewang: {e}', file=sys.stderr)
         sys.exit(2)
 
-# %% ../nbs/11_imagewang.ipynb #63805e98
-if __name__=='__main__': main()
+# %% ../nbs/11_imagewang.ipynb #97897f35
+if __name__=='__main__': main()   # for `python -m`; in a notebook the name is the same
