@@ -111,7 +111,7 @@ class PairedDataLoaders(DataLoaders):
         items, # Unlabelled items: files, or whatever the pipeline of `dls` takes
         unlabeled_bs:int=None, # Unlabelled images a step; a quarter of the labelled batch by default
         seed:int=None, # Of order and augmentation; drawn from torch's generator by default
-        n_steps:int=None, # Batches in an epoch; one pass over `items` by default
+        n_steps:int=None, # Batches in an epoch, if fewer than one pass over `items`
         num_workers:int=None # Worker processes; those of `dls.train` by default
     ):
         "Pair the loaders of `dls` with unlabelled `items`, which go through the same transforms"
@@ -125,7 +125,7 @@ class PairedDataLoaders(DataLoaders):
             if n<b: raise ValueError(f"There are {n} {what} images for batches of {b}: add images or use a smaller {'unlabeled_bs' if what=='unlabelled' else 'bs'}.")
         if seed is None: seed = torch.randint(2**31, (1,)).item()
         nw,unw = _n_workers(ifnone(num_workers, train.fake_l.num_workers), bs, ubs)
-        kw = dict(cls=StreamDL, seed=seed, shuffle=True, drop_last=True, n_steps=n_steps or len(items)//ubs)
+        kw = dict(cls=StreamDL, seed=seed, shuffle=True, drop_last=True, n_steps=min(n_steps or len(items), len(items)//ubs))
         labeled = train.new(stream='labeled', num_workers=nw, **kw)
         unlabeled = train.new(_unlabeled_set(train.dataset, items), stream='unlabeled', num_workers=unw, bs=ubs, **kw)
         unlabeled._one_pass()   # its own types: the copy above brought the labelled ones along
@@ -218,7 +218,7 @@ def from_folder(cls:PairedDataLoaders,
     seed:int=None, # Of order and augmentation; drawn from torch's generator by default
     num_workers:int=None, # Worker processes of the labelled stream; the unlabelled one gets a share by its batch
     exclude=(), # Files to leave out of every stream
-    n_steps:int=None, # Batches in an epoch; one pass over the unlabelled pool by default
+    n_steps:int=None, # Batches in an epoch, if fewer than one pass over the unlabelled pool
     val_bs:int=None, # Validation images a batch; `bs` by default
     device=None, # Device of the batches; fastai's default
     verbose:bool=True # Say which folders of `train` were left out

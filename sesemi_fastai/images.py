@@ -103,7 +103,7 @@ def unpack(
         dest.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=dest))
         try:
-            with tarfile.open(path) as t: t.extractall(part, filter='data')
+            with tarfile.open(path) as t: t.extractall(part, **(dict(filter='data') if hasattr(tarfile,'data_filter') else {}))
             try: part.rename(out)
             except OSError:                # another process was first
                 if not out.exists(): raise
