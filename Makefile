@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow prepare clean
+.PHONY: demo test slow prepare readme site clean
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/sesemi_imagewang --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
@@ -18,6 +18,17 @@ prepare: $(VENV)/.installed
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/readme.py
+
+readme: $(VENV)/.installed
+	$(BIN)/python tools/readme.py
+
+# Pages in _docs, without Quarto. One notebook at a time: in parallel an error in one silently drops others
+site: $(VENV)/.installed
+	$(BIN)/python -m pip install -q 'smalldocs>=0.5'
+	rm -rf _proc _docs
+	$(BIN)/python -W ignore -c 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)'
+	$(BIN)/smalldocs render -q _proc
+	mv _proc/_site _docs
 
 $(VENV)/.installed: settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -10,7 +10,7 @@ def render():
     parts = []
     for c in nbformat.read(root/'nbs/index.ipynb', 4).cells:
         src = c.source.strip()
-        if re.search(r'^#\|\s*(hide|include:\s*false)', src, re.M): continue
+        if re.search(r'^#\|\s*(hide|include:\s*false|echo:\s*false)', src, re.M): continue
         src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
         if not src: continue
         parts.append(src if c.cell_type=='markdown' else f'```python\n{src}\n```')
@@ -20,4 +20,4 @@ def render():
 if __name__=='__main__':
     path,text = root/'README.md',render()
     if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
-    elif path.read_text(encoding='utf-8')!=text: sys.exit('README.md differs from nbs/index.ipynb: run `make prepare`.')
+    elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit('README.md differs from nbs/index.ipynb: run `make prepare`.')
