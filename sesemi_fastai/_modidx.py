@@ -28,6 +28,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'sesemi_fastai/callback.py'),
                                         'sesemi_fastai.callback.RotationPretext.__init__': ( 'callback.html#rotationpretext.__init__',
                                                                                              'sesemi_fastai/callback.py'),
+                                        'sesemi_fastai.callback.RotationPretext.after_backward': ( 'callback.html#rotationpretext.after_backward',
+                                                                                                   'sesemi_fastai/callback.py'),
                                         'sesemi_fastai.callback.RotationPretext.after_cancel_train': ( 'callback.html#rotationpretext.after_cancel_train',
                                                                                                        'sesemi_fastai/callback.py'),
                                         'sesemi_fastai.callback.RotationPretext.after_epoch': ( 'callback.html#rotationpretext.after_epoch',

@@ -44,11 +44,11 @@ class RotationPretext(_Ephemeral):
     def __init__(self,
         weight:float=1., # Factor of the pretext loss
         ramp_pct:float=0., # Share of the run in which the factor grows to `weight`, by exp(-5(1-t)²); 0: from the start
-        backward:str='joint', # 'joint': one backward pass for both losses
+        backward:str='joint', # 'joint': one backward pass for both losses; 'sequential': two, and one graph alive at a time
         features=None, # Module or name of one whose output the head reads; found by `find_tap` by default
         objective=None # What is asked about unlabelled images; `Rotation()` by default
     ):
-        if backward!='joint': raise ValueError(f"backward={backward!r} isn't known: use 'joint'.")
+        if backward not in ('joint','sequential'): raise ValueError(f"backward={backward!r} isn't known: use 'joint' or 'sequential'.")
         if weight<0 or not 0<=ramp_pct<=1: raise ValueError(f"weight={weight} must be 0 or more, and ramp_pct={ramp_pct} between 0 and 1.")
         self.weight,self.ramp_pct,self.backward,self._features = weight,ramp_pct,backward,features
         self.objective,self.pretext_columns = objective or Rotation(),PretextColumns()
@@ -122,6 +122,7 @@ def before_fit(self:RotationPretext):
 def before_train(self:RotationPretext):
     "Open the unlabelled loader"
     dl = _unlabeled_dl(self.learn)
+    if self.backward=='sequential' and isinstance(self.learn.model, nn.parallel.DistributedDataParallel): raise ValueError("backward='sequential' can't be used with distributed training, which synchronises gradients in the first backward pass: use backward='joint'.")
     if self.epoch==0: self.objective.batch(_sample(getattr(dl,'dl',dl)))   # a batch it can't use is an error before the first step
     self._it,self._sums = iter(dl),[0.,0.,0]
 
@@ -157,8 +158,21 @@ def pretext_loss(self:RotationPretext)->Tensor: # A scalar, with its graph
 
 @patch
 def after_loss(self:RotationPretext):
-    "Add the weighted pretext loss to what is differentiated; `learn.loss` stays the ordinary one"
-    if self.training: self.learn.loss_grad = self.learn.loss_grad+self.pretext_weight(self.pct_train)*self.pretext_loss()
+    "Joint: add the weighted pretext loss to what is differentiated; `learn.loss` stays the ordinary one"
+    if not self.training: return
+    if self.backward=='joint': self.learn.loss_grad = self.learn.loss_grad+self.pretext_weight(self.pct_train)*self.pretext_loss()
+    else:
+        device = self.loss_grad.device.type
+        self._zero = torch.zeros((), device=self.loss_grad.device, requires_grad=True)
+        self._autocast = partial(torch.autocast, device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+        self.learn.loss_grad = self.learn.loss_grad+self._zero
+
+@patch
+def after_backward(self:RotationPretext):
+    "Sequential: the labelled graph is gone; build the unlabelled one and differentiate it, with the factor that the ordinary loss got"
+    if self.backward=='joint': return
+    with self._autocast(): loss = self.pretext_weight(self.pct_train)*self.pretext_loss()
+    (loss*self._zero.grad).backward()
 
 @patch
 def after_epoch(self:RotationPretext):
