@@ -1,9 +1,9 @@
 "What a user can get wrong: one sentence that names it and the way out, before training where it can be known then"
 import tarfile
-import pytest,torch
+import pytest
 from torch import nn
 from torchvision.models import resnet18,squeezenet1_0
-from fastai.vision.all import Callback,DataLoaders,ImageDataLoaders,Learner,Resize,ToTensor,get_image_files
+from fastai.vision.all import Callback,DataLoaders,ImageDataLoaders,Learner,get_image_files
 from sesemi_fastai.all import *
 from sesemi_fastai.imagewang import main
 

@@ -1,10 +1,10 @@
 "Ten steps of the Learner against ten steps of a plain PyTorch loop, written from the protocol alone"
-import copy,math
+import copy
 import pytest,torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18,resnet50
-from fastai.vision.all import Callback,DataLoaders,Learner,TfmdDL,Datasets,tensor
+from fastai.vision.all import Callback,DataLoaders,Learner
 from sesemi_fastai.all import *
 
 B,SIZE,CLASSES,STEPS,EPOCHS = 2,32,5,5,2

@@ -1,8 +1,6 @@
 "The command from images to a leaderboard row, and that a result depends on its seed alone"
-import json,os,shutil,subprocess,sys
-from pathlib import Path
+import json,shutil,subprocess,sys
 import pytest,torch
-from fastai.vision.all import Learner,load_learner
 from torchvision.models import resnet18
 from sesemi_fastai.all import *
 
