@@ -30,6 +30,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'sesemi_fastai/callback.py'),
                                         'sesemi_fastai.callback.RotationPretext.after_backward': ( 'callback.html#rotationpretext.after_backward',
                                                                                                    'sesemi_fastai/callback.py'),
+                                        'sesemi_fastai.callback.RotationPretext.after_batch': ( 'callback.html#rotationpretext.after_batch',
+                                                                                                'sesemi_fastai/callback.py'),
                                         'sesemi_fastai.callback.RotationPretext.after_cancel_train': ( 'callback.html#rotationpretext.after_cancel_train',
                                                                                                        'sesemi_fastai/callback.py'),
                                         'sesemi_fastai.callback.RotationPretext.after_epoch': ( 'callback.html#rotationpretext.after_epoch',
@@ -195,4 +197,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'sesemi_fastai.schedule.PolyWarmup.__init__': ( 'schedule.html#polywarmup.__init__',
                                                                                         'sesemi_fastai/schedule.py'),
                                         'sesemi_fastai.schedule.PolyWarmup.__repr__': ( 'schedule.html#polywarmup.__repr__',
-                                                                                        'sesemi_fastai/schedule.py')}}}
+                                                                                        'sesemi_fastai/schedule.py')},
+            'sesemi_fastai.show': { 'sesemi_fastai.show.Recorder.plot_pretext': ( 'show.html#recorder.plot_pretext',
+                                                                                  'sesemi_fastai/show.py'),
+                                    'sesemi_fastai.show.RotationPretext.get_pretext_preds': ( 'show.html#rotationpretext.get_pretext_preds',
+                                                                                              'sesemi_fastai/show.py'),
+                                    'sesemi_fastai.show.RotationPretext.show_results': ( 'show.html#rotationpretext.show_results',
+                                                                                         'sesemi_fastai/show.py')}}}

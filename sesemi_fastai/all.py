@@ -12,6 +12,7 @@ from .data import *
 from .objectives import *
 from .features import *
 from .callback import *
+from .show import *
 from .optimizer import *
 from .schedule import *
 from .learner import *

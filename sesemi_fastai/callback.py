@@ -8,6 +8,7 @@ __all__ = ['PretextHead', 'PretextColumns', 'RotationPretext']
 # %% ../nbs/05_callback.ipynb #ea15e8b5
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.tracker import TerminateOnNaNCallback
 from contextlib import nullcontext
 from .data import *
 from .objectives import *
@@ -154,6 +155,7 @@ def pretext_loss(self:RotationPretext)->Tensor: # A scalar, with its graph
     loss = self.objective.loss(logits, targ)
     n = len(targ)
     for i,o in enumerate((loss.detach()*n, (logits.argmax(1)==targ).sum(), n)): self._sums[i] += o
+    self._last_loss = loss.detach()
     return loss
 
 @patch
@@ -173,6 +175,13 @@ def after_backward(self:RotationPretext):
     if self.backward=='joint': return
     with self._autocast(): loss = self.pretext_weight(self.pct_train)*self.pretext_loss()
     (loss*self._zero.grad).backward()
+
+@patch
+def after_batch(self:RotationPretext):
+    "`TerminateOnNaNCallback` looks at `learn.loss` only: where there is one, stop at a pretext loss that isn't finite as well"
+    if not any(isinstance(o, TerminateOnNaNCallback) for o in self.learn.cbs) or self._last_loss.isfinite(): return
+    print(f"The pretext loss is {self._last_loss.item()} at epoch {self.epoch}, step {self.iter}: stopped.")
+    raise CancelFitException
 
 @patch
 def after_epoch(self:RotationPretext):

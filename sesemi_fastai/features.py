@@ -85,6 +85,7 @@ def find_tap(
     if linear is None:
         raise ValueError(f"No place for the pretext head in {type(model).__name__}: its output comes from {last[0]+' ('+type(last[1]).__name__+')' if last else 'no leaf module'}, "
                          f"not from a Linear; pass features=, a module or its name whose output the head should read.")
-    name,inp = last[0],last[2]
-    drop = next((o for o in reversed(calls) if isinstance(o[1], nn.Dropout) and o[3] is inp), None)
-    return Tap(*(drop[:2] if drop else last[:2]), linear, inp.shape[-1])
+    inp = last[2]
+    made = next((o for o in reversed(calls) if o[3] is inp and o[1] is not linear), None)
+    at_input = made is None or isinstance(made[1], nn.Dropout)   # else: a dropout written as a function may stand between it and the Linear
+    return Tap(*(made or last)[:2], linear, inp.shape[-1], at_input)

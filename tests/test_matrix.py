@@ -9,9 +9,10 @@ from torchvision.models import resnet18
 from fastcore.all import L,noop
 from fastai.vision.all import (Callback,CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,ClassificationInterpretation,
     CrossEntropyLossFlat,EarlyStoppingCallback,LabelSmoothingCrossEntropyFlat,Learner,ParamScheduler,ProgressCallback,ReduceLROnPlateau,
-    SaveModelCallback,SchedLin,SGD,ShowGraphCallback,accuracy,tensor,vision_learner)
-from fastai.callback.all import CSVLogger,CutMix,GradientAccumulation,GradientClip,MixUp
-from sesemi_fastai.all import BFloat16,PairedDataLoaders,RotationPretext,resnet10
+    SaveModelCallback,SchedLin,SGD,ShowGraphCallback,TerminateOnNaNCallback,accuracy,accuracy_multi,get_image_files,load_learner,mae,tensor,vision_learner,
+    DataBlock,FuncSplitter,ImageBlock,MultiCategoryBlock,RegressionBlock,Resize,BCEWithLogitsLossFlat,MSELossFlat)
+from fastai.callback.all import ChannelsLast,CSVLogger,CutMix,GradientAccumulation,GradientClip,MixUp
+from sesemi_fastai.all import BFloat16,PairedDataLoaders,PlainProgress,RotationPretext,StepSeed,resnet10
 
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
@@ -242,3 +243,117 @@ def test_vision_learner(dls):
         bn = next(o for o in learn.model[1].modules() if isinstance(o, nn.BatchNorm1d)); learn.fit(1, .01)
     assert bn.num_batches_tracked==4 and learn.model[0][1].num_batches_tracked==8
     assert learn.pretext.tap.width==512
+
+@pytest.mark.parametrize('backward', ['joint','sequential'])
+def test_terminate_on_nan(make, backward, capsys):
+    "`TerminateOnNaNCallback`: a pretext loss that isn't finite stops the fit, without it nothing does"
+    def run(*cbs):
+        learn = make(*cbs); learn.pretext.backward = backward
+        learn.pretext.objective = deepcopy(learn.pretext.objective)
+        learn.pretext.objective.loss = lambda logits, targ: logits.sum()*float('nan' if learn.iter==1 else 1e-3)
+        learn.fit(1, 0.); return len(learn.recorder.losses)
+    assert run()==4 and run(TerminateOnNaNCallback())==2
+    assert 'pretext loss is nan at epoch 0, step 1' in capsys.readouterr().out
+
+def test_tensorboard(make, tmp_path):
+    "`TensorBoardCallback`: the model is traced, both columns and the rates are logged"
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from sesemi_fastai.all import NesterovSGD
+    learn = make(opt_func=NesterovSGD, wd=None); learn.fit(2, .01, cbs=TensorBoardCallback(tmp_path/'tb', log_preds=False))
+    ea = EventAccumulator(str(tmp_path/'tb')); ea.Reload()
+    got = [o.value for o in ea.Scalars('pretext_loss')]
+    assert got==pytest.approx([column(learn,'pretext_loss',i) for i in (0,1)]) and 'pretext_acc' in ea.Tags()['scalars'] and 'lr_0' in ea.Tags()['scalars'] and ea.Tags()['graph']
+
+def test_wandb(make, tmp_path):
+    "`WandbCallback`, offline: both columns are in the summary"
+    wandb = pytest.importorskip('wandb')
+    from fastai.callback.wandb import WandbCallback
+    run = wandb.init(mode='offline', dir=tmp_path, settings=wandb.Settings(silent=True))
+    try:
+        learn = make(); learn.fit(1, .01, cbs=WandbCallback(log=None, log_preds=False, log_model=False))
+        assert run.summary['pretext_loss']==pytest.approx(column(learn,'pretext_loss')) and 'pretext_acc' in dict(run.summary)
+    finally: wandb.finish(quiet=True)
+
+def test_channels_last(make):
+    "`ChannelsLast`: both forward passes run in channels-last memory"
+    class Formats(Callback):
+        def before_fit(self):
+            self.seen = []
+            self.h = self.model.layer1.register_forward_hook(lambda m,i,o: self.seen.append(o.is_contiguous(memory_format=torch.channels_last)))
+        def after_fit(self): self.h.remove()
+    learn = make(ChannelsLast(), Formats()); learn.fit(1, .01)
+    assert len(learn.formats.seen)==4+4+1 and all(learn.formats.seen)   # labelled, rotated, validation
+
+@pytest.mark.parametrize('to', ['to_fp16','to_bf16'])
+def test_mixed_precision(make, to):
+    "`to_fp16`, `to_bf16`: low precision where there is a GPU, head and all; on a CPU, where fastai's do nothing, nothing changes"
+    plain,low = make(),getattr(make(), to)()
+    seen = []; low.pretext.pretext_head.register_forward_hook(lambda m,i,o: seen.append(o.dtype))
+    fit_each(plain, low)
+    if torch.cuda.is_available(): assert set(seen)=={torch.float16 if to=='to_fp16' else torch.bfloat16} and head(low).dtype==torch.float32
+    else: assert torch.equal(head(plain), head(low)) and torch.equal(plain.model.conv1.weight, low.model.conv1.weight)
+
+def test_sequential_under_autocast(make, dls):
+    "`backward='sequential'` under `BFloat16`: a step's gradients are the sum of two passes made by hand"
+    learn = make(BFloat16(), Grads()); learn.pretext.backward = 'sequential'
+    class Keep(Callback):
+        order = 101
+        def before_batch(self): self.learn.state = deepcopy(self.model.state_dict()); self.learn.batch = (self.x.clone(), self.y.clone())
+        def before_step(self): self.learn.grads_at = {n:p.grad.clone() for n,p in self.model.named_parameters()}; raise CancelFitException
+    want = []
+    old = learn.pretext.objective.batch
+    learn.pretext.objective.batch = lambda x: want.append(old(x)) or want[-1]
+    learn.fit(1, .01, cbs=Keep())
+    model = resnet10(num_classes=2); h = nn.Linear(512,4)
+    model.load_state_dict({k:v for k,v in learn.state.items() if 'pretext' not in k})
+    h.load_state_dict({k.rsplit('.',1)[1]:v for k,v in learn.state.items() if 'pretext' in k}); model.train()
+    with torch.autocast('cpu', torch.bfloat16): loss = nn.functional.cross_entropy(model(learn.batch[0]).float(), learn.batch[1])
+    loss.backward()
+    body = nn.Sequential(*list(model.children())[:-1], nn.Flatten())
+    with torch.autocast('cpu', torch.bfloat16): loss = nn.functional.cross_entropy(h(body(want[-1][0])).float(), want[-1][1])
+    loss.backward()
+    for n,p in model.named_parameters(): assert torch.allclose(p.grad, learn.grads_at[n], rtol=1e-3, atol=1e-6), n
+    assert torch.allclose(h.weight.grad, learn.grads_at['fc.pretext_head.weight'], rtol=1e-3, atol=1e-6)
+
+def from_block(path, block, get_y, n_out, loss, metric):
+    "A Learner on a DataBlock of the user's own, and its unlabelled items"
+    db = DataBlock((ImageBlock, block), get_items=lambda p: get_image_files(p, folders=['train','val']), get_y=get_y,
+                   splitter=FuncSplitter(lambda o: o.parent.parent.name=='val'), item_tfms=Resize(32))
+    own = PairedDataLoaders.from_dls(db.dataloaders(path, bs=8, num_workers=0), get_image_files(path/'unsup'), unlabeled_bs=4, seed=0, n_steps=2)
+    torch.manual_seed(0)
+    learn = Learner(own, resnet10(num_classes=n_out), loss_func=loss, metrics=metric, cbs=RotationPretext(), path=path)
+    learn.remove_cb(ProgressCallback); learn.logger = noop
+    return learn
+
+class FirstLoss(Callback):
+    "The ordinary loss of the first step, and what it was made of"
+    def after_loss(self):
+        if self.training and not hasattr(self.learn,'kept'): self.learn.kept = (self.pred.detach().clone(), self.y.clone(), self.loss.item())
+
+def test_multi_label(dls):
+    "multi-label Learner: the ordinary loss is the binary cross-entropy of several labels, beside it rotations are told"
+    learn = from_block(dls.path, MultiCategoryBlock(), lambda o: [o.parent.name,'all'], 3, BCEWithLogitsLossFlat(), accuracy_multi)
+    learn.fit(1, .01, cbs=FirstLoss()); p,y,loss = learn.kept
+    assert y.shape==(8,3) and loss==pytest.approx(-(y*p.sigmoid().log()+(1-y)*(1-p.sigmoid()).log()).mean().item(), rel=1e-4)
+    assert 0<column(learn,'pretext_loss')<10
+
+def test_regression(dls):
+    "regression Learner: the ordinary loss is the squared error, beside it rotations are told"
+    learn = from_block(dls.path, RegressionBlock(n_out=1), lambda o: float(o.parent.name=='b'), 1, MSELossFlat(), mae)
+    learn.fit(1, .001, cbs=FirstLoss()); p,y,loss = learn.kept
+    assert loss==pytest.approx(((p.flatten()-y.flatten())**2).mean().item(), rel=1e-4) and 0<column(learn,'pretext_loss')<10
+
+def test_several_of_ours(make, capsys):
+    "several callbacks of ours at once: `StepSeed`, `BFloat16`, `PlainProgress`; a second `RotationPretext` is refused"
+    learn = make(StepSeed(), BFloat16()); learn.logger = print; learn.fit(1, .01, cbs=PlainProgress())
+    assert 'pretext_acc' in capsys.readouterr().out and len(learn.recorder.losses)==4
+    with pytest.raises(ValueError, match='already'): learn.add_cb(RotationPretext())
+
+def test_export_while_attached(make, dls, tmp_path):
+    "`learn.export` while attached: the plain model, by `load_learner`"
+    learn = make(); learn.fit(1, .01); learn.export(); f = dls.valid.items[0]
+    got = load_learner(tmp_path/'export.pkl')
+    assert list(got.model.state_dict())==list(resnet10(num_classes=2).state_dict()) and b'sesemi' not in (tmp_path/'export.pkl').read_bytes()
+    with got.no_bar(): assert torch.allclose(got.predict(f)[2], learn.predict(f)[2], atol=1e-6)

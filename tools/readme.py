@@ -1,5 +1,5 @@
-"Write README.md from nbs/index.ipynb; `--check` only compares"
-import re,sys
+"Write what is generated: README.md from nbs/index.ipynb, and the table of Learner features from the tests; `--check` only compares"
+import ast,re,sys
 from pathlib import Path
 import nbformat
 
@@ -17,7 +17,24 @@ def render():
     text = '\n\n'.join(parts)+'\n'
     return re.sub(r'\]\(images/', '](nbs/images/', text)
 
+def table():
+    "A row for each test of tests/test_matrix.py: its docstring up to the colon, the rest, its name"
+    rows = ['| with | what is checked | test |','| --- | --- | --- |']
+    for o in ast.parse((root/'tests/test_matrix.py').read_text(encoding='utf-8')).body:
+        if not (isinstance(o, ast.FunctionDef) and o.name.startswith('test_')): continue
+        what,_,checked = ast.get_docstring(o).partition(': ')
+        rows.append(f'| {what} | {checked} | `{o.name}` |')
+    return '\n'.join(rows)
+
+def with_table(text):
+    "The notebook's source with the table between its two marks"
+    nb = nbformat.reads(text, 4)
+    for c in nb.cells:
+        if '<!-- matrix -->' in c.source: c.source = '<!-- matrix -->\n'+table()+'\n<!-- end -->'
+    return nbformat.writes(nb, 4)+'\n'
+
 if __name__=='__main__':
-    path,text = root/'README.md',render()
-    if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
-    elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit('README.md differs from nbs/index.ipynb: run `make prepare`.')
+    index,page = root/'README.md',root/'nbs/learner_features.ipynb'
+    for path,text in ((index, render()), (page, with_table(page.read_text(encoding='utf-8')))):
+        if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
+        elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit(f'{path.name} differs from what it is made from: run `make prepare`.')

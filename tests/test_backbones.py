@@ -1,0 +1,54 @@
+"Any classifier: the head finds its place, reads what the body gives, and leaves without a trace"
+import pytest,torch
+from torch import nn
+from torchvision import models as tv
+from fastai.vision.all import DataLoaders,Learner,SGD,create_vision_model,xresnet18
+from sesemi_fastai.all import RotationPretext
+
+def vit(num_classes): return tv.VisionTransformer(image_size=64, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=num_classes)
+def by_timm(name, **kw):
+    def f(num_classes): return pytest.importorskip('timm').create_model(name, num_classes=num_classes, **kw)
+    return f
+
+MODELS = dict(resnet18=(tv.resnet18,512), resnext50_32x4d=(tv.resnext50_32x4d,2048), densenet121=(tv.densenet121,1024), mobilenet_v3_small=(tv.mobilenet_v3_small,1024),
+    efficientnet_b0=(tv.efficientnet_b0,1280), convnext_tiny=(tv.convnext_tiny,768), vgg11_bn=(tv.vgg11_bn,4096), vit=(vit,32),
+    xresnet18=(lambda num_classes: xresnet18(n_out=num_classes),512), vision_learner=(lambda num_classes: create_vision_model(tv.resnet18, num_classes, pretrained=False),512),
+    timm_resnet=(by_timm('resnet10t', drop_rate=.5),512), timm_convnext=(by_timm('convnext_atto', drop_rate=.5),320),
+    timm_efficientnet=(by_timm('efficientnet_lite0', drop_rate=.5),1280), timm_vit=(by_timm('vit_tiny_patch16_224', img_size=64, drop_rate=.5, depth=2),192))
+
+class Loader:
+    "One fixed batch"
+    def __init__(self, *batch): self.batch,self.device,self.after_batch = batch,torch.device('cpu'),None
+    def __len__(self): return 1
+    def __iter__(self): yield self.batch
+    def to(self, device): pass
+
+@pytest.mark.parametrize('name', MODELS)
+def test_backbone(name):
+    arch,width = MODELS[name]
+    torch.manual_seed(0)
+    model = arch(num_classes=3); keys = list(model.state_dict())
+    x,u = torch.randn(2,3,64,64),torch.randn(2,3,64,64)
+    learn = Learner(DataLoaders(Loader(x, torch.tensor([0,1])), Loader(x, torch.tensor([0,1])), Loader(u)), model, loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
+    cb = RotationPretext(); learn.add_cb(cb)
+    assert cb.tap.width==width
+    last = [m for m in model.modules() if isinstance(m, (nn.Dropout,nn.BatchNorm1d))]
+    seen = []; hooks = [m.register_forward_hook(lambda m,i,o: seen.append(len(i[0]))) for m in ([cb.tap.linear] if cb.tap.linear else [])]
+    if cb.tap.at_input and isinstance(cb.tap.module, nn.Dropout): hooks.append(cb.tap.module.register_forward_hook(lambda m,i,o: seen.append(len(i[0]))))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert 8 not in seen, 'rotated views went into the classifier'
+    model.eval(); torch.manual_seed(1)                 # without batch statistics, a head's dropout would be all that differs between two passes
+    for m in model.modules():
+        if isinstance(m, nn.Dropout): m.train()
+    frozen = [cb.tap(model, u) for _ in range(2)]
+    if name not in ('vgg11_bn','efficientnet_b0','vit'): assert torch.equal(*frozen)
+    assert cb.pretext_head.weight.grad is not None and learn.recorder.values[0][-2]>0
+    for h in hooks: h.remove()
+    learn.remove_cb(cb)
+    assert list(model.state_dict())==keys and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+def test_no_place_is_an_error_that_says_so():
+    model,x = tv.squeezenet1_1(num_classes=3),torch.randn(2,3,64,64)
+    learn = Learner(DataLoaders(Loader(x, torch.tensor([0,1])), Loader(x, torch.tensor([0,1])), Loader(x)), model, loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
+    with pytest.raises(ValueError, match='SqueezeNet.*features='): learn.add_cb(RotationPretext())
+    learn.add_cb(RotationPretext(features='features')); assert learn.pretext.tap.width==512
