@@ -252,7 +252,7 @@ def test_terminate_on_nan(make, backward, capsys):
         learn.pretext.objective = deepcopy(learn.pretext.objective)
         learn.pretext.objective.loss = lambda logits, targ: logits.sum()*float('nan' if learn.iter==1 else 1e-3)
         learn.fit(1, 0.); return len(learn.recorder.losses)
-    assert run()==4 and run(TerminateOnNaNCallback())==2
+    assert run()==4 and run(TerminateOnNaNCallback())==1   # the Recorder comes after both
     assert 'pretext loss is nan at epoch 0, step 1' in capsys.readouterr().out
 
 def test_tensorboard(make, tmp_path):
@@ -266,15 +266,17 @@ def test_tensorboard(make, tmp_path):
     got = [o.value for o in ea.Scalars('pretext_loss')]
     assert got==pytest.approx([column(learn,'pretext_loss',i) for i in (0,1)]) and 'pretext_acc' in ea.Tags()['scalars'] and 'lr_0' in ea.Tags()['scalars'] and ea.Tags()['graph']
 
-def test_wandb(make, tmp_path):
-    "`WandbCallback`, offline: both columns are in the summary"
+def test_wandb(make, tmp_path, monkeypatch):
+    "`WandbCallback`, offline: both columns are in the summary (fastai 2.8.12's own listing of settings, which fails on any Learner that reads files, is left out)"
     wandb = pytest.importorskip('wandb')
+    import fastai.callback.wandb as fw
     from fastai.callback.wandb import WandbCallback
+    monkeypatch.setattr(fw, '_format_config', noop)
     run = wandb.init(mode='offline', dir=tmp_path, settings=wandb.Settings(silent=True))
     try:
         learn = make(); learn.fit(1, .01, cbs=WandbCallback(log=None, log_preds=False, log_model=False))
         assert run.summary['pretext_loss']==pytest.approx(column(learn,'pretext_loss')) and 'pretext_acc' in dict(run.summary)
-    finally: wandb.finish(quiet=True)
+    finally: wandb.finish()
 
 def test_channels_last(make):
     "`ChannelsLast`: both forward passes run in channels-last memory"
