@@ -68,9 +68,17 @@ class StreamDL(TfmdDL):
         return super().new(dataset, cls, **merge(own, kwargs))
 
     def get_idxs(self):
-        if not self.shuffle: return super().get_idxs()
+        return self.draws(len(self)) if self.shuffle else super().get_idxs()
+
+    def draws(self,
+        n_steps:int, # Batches in the epoch
+        rank:int=0, # Which of the processes that share the stream
+        world:int=1 # How many they are
+    )->list: # `n_steps*bs` draws
+        "Draws of the next epoch: of each batch of `world*bs` images the `rank`-th part, as `torch.chunk` cuts it"
         self.epoch += 1
-        return epoch_draws(self.n, self.bs, len(self), self.epoch-1, self.seed, self.stream)
+        res = epoch_draws(self.n, self.bs*world, n_steps, self.epoch-1, self.seed, self.stream)
+        return np.array(res).reshape(n_steps, world, self.bs)[:,rank].flatten().tolist()
 
     def do_item(self, s):
         if not self.shuffle: return super().do_item(s)
