@@ -9,6 +9,7 @@ __all__ = []
 from .images import *
 from .augment import *
 from .streams import *
+from .distributed import *
 from .data import *
 from .objectives import *
 from .features import *

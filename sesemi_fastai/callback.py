@@ -14,6 +14,7 @@ from .streams import *
 from .data import *
 from .objectives import *
 from .features import *
+from .distributed import *
 
 # %% ../nbs/07_callback.ipynb #eb192b0a
 class PretextHead(nn.Linear):
@@ -46,14 +47,10 @@ class ShardStreams(_Ephemeral):
     def _on(self): return num_distrib()>1 and hasattr(self.learn, 'distributed_trainer')
     def before_fit(self):
         "Right after fastai wrapped the loaders; it unwraps them itself"
-        if not self._on(): return
-        from sesemi_fastai.distributed import shard_loaders
-        self.learn.dls.loaders = shard_loaders(self.learn.dls.loaders)
+        if self._on(): self.learn.dls.loaders = shard_loaders(self.learn.dls.loaders)
     def before_validate(self):
         "A loader that is none of the three, as that of `get_preds`"
-        if not self._on(): return
-        from sesemi_fastai.distributed import shard_loaders
-        self.learn.dl = shard_loaders([self.learn.dl])[0]
+        if self._on(): self.learn.dl = shard_loaders([self.learn.dl])[0]
 
 # %% ../nbs/07_callback.ipynb #b1cbfcb3
 class RotationPretext(_Ephemeral):

@@ -27,10 +27,10 @@ class PairedDataLoaders(DataLoaders):
         "The loader of unlabelled images, in batches of one element"
         return self.loaders[2]
 
-    def n_steps(self,
+    def steps_per_epoch(self,
         world:int=1 # Processes, each of which takes batches of its own
     )->int:
-        "Steps of an epoch"
+        "Steps of an epoch, for each process"
         return min(len(self.train), self.unlabeled.n//(self.unlabeled.bs*world))
 
     def new_empty(self):
