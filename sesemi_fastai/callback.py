@@ -124,6 +124,18 @@ def _detach(cb):
     cb._it = None
     learn.remove_cbs(cb._added)
 
+# %% ../nbs/07_callback.ipynb #2a0c53f4
+_summary = Learner.summary
+
+@patch
+def summary(self:Learner):
+    "Print a summary of the model, optimizer and loss function."
+    host = getattr(self.pretext,'_host',None) if hasattr(self,'pretext') else None
+    head = host and host._modules.pop('pretext_head', None)
+    try: return _summary(self)
+    finally:
+        if head is not None: host.pretext_head = head
+
 # %% ../nbs/07_callback.ipynb #8927414b
 def _ddp(learn):
     "The wrapper of the model in distributed training, or None"

@@ -1,15 +1,17 @@
 """Two processes on the CPU, started once by `accelerate launch`; `two_processes.py` records, the tests compare.
 A test's docstring says which feature, and what is asserted."""
 import json,os,subprocess,sys
-from copy import deepcopy
 from pathlib import Path
 import pytest,torch
 import torch.nn.functional as F
 from torch import nn
-from two_processes import data,net
-from sesemi_fastai.all import random_key
+from two_processes import data,learner,net
+from sesemi_fastai.all import BatchNormGroups,RunConfig,random_key,get_arch,replace_classifier
 
 here = Path(__file__).parent
+TORCHRUN = [sys.executable,'-m','torch.distributed.run','--standalone','--nproc_per_node','2']
+ACCELERATE = [sys.executable,'-m','accelerate.commands.launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no',
+              '--dynamo_backend','no','--main_process_port','0']
 
 def launch(*args):
     "Output of a command that has to succeed, with a port of its own"
@@ -21,12 +23,11 @@ def launch(*args):
 def ranks(tmp_path_factory):
     "What each of the two processes recorded"
     pytest.importorskip('accelerate')
-    out = tmp_path_factory.mktemp('facts') if not os.environ.get('KEEP') else Path(os.environ['KEEP'])
-    launch(sys.executable,'-m','accelerate.commands.launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no',
-           '--dynamo_backend','no','--main_process_port','0', here/'two_processes.py', out)
+    out = tmp_path_factory.mktemp('facts')
+    launch(*ACCELERATE, here/'two_processes.py', out)
     return [torch.load(out/f'rank-{i}.pt', weights_only=False) for i in range(2)]
 
-def ids(x): return x[:,0,0,0].long().tolist()
+def ids(x): return (100*x[:,0,0,0]).round().long().tolist()
 def same(a, b): return list(a)==list(b) and all(torch.equal(a[k], b[k]) for k in a)
 def steps(ranks, case): return list(zip(*(o[case]['steps'] for o in ranks)))
 
@@ -96,6 +97,14 @@ def test_accumulation_and_clip(ranks, backward):
     norm = torch.stack([v.norm() for v in want.values()]).norm()
     assert norm>.05 and all(torch.allclose(a1['grads'][n], v*.05/norm, atol=1e-5) for n,v in want.items())
 
+@pytest.mark.parametrize('backward', ['joint','sequential'])
+def test_groups_on_one_device(ranks, backward):
+    "two processes, `BatchNormGroups(2)`: in one process it gives the same weights and buffers, step by step, from twice the batch size"
+    learn = learner(data(8,4), BatchNormGroups(2), backward=backward)
+    with learn.no_bar(): learn.fit(2, .1)
+    for o,a in zip(learn.watch.steps, ranks[0]['joint']['steps'], strict=True):
+        assert all(torch.allclose(o['after'][k], v, atol=1e-5) for k,v in a['after'].items())
+
 def test_dropout_differs(ranks):
     "two processes, dropout: a function of seed, step and process; the first one's is that of a single process"
     for i,(a,b) in enumerate(steps(ranks,'joint')):
@@ -143,3 +152,45 @@ def test_refusals(ranks):
     for r in ranks:
         assert 'find_unused_parameters=True' in r['unused']
         assert '30 labeled images for batches of 16 in 2 processes' in r['too few']
+
+@pytest.mark.parametrize('launcher', [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=['torchrun','accelerate'])
+def test_imagewang(folder, tmp_path, launcher):
+    "two processes, `sesemi_imagewang`: one plan, one folder a run, the protocol's counts; the accuracy is that of the weights it wrote, each image once"
+    (folder/'val/b/0.png').unlink()                                    # 7 images, which can't be halved
+    pytest.importorskip('accelerate'); out = tmp_path/'out'
+    text = launch(*launcher,'-m','sesemi_fastai.imagewang',folder,'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--twin',
+                  '--num_workers','0','--steps','3','--out',out)
+    for o in ('A step     16 labelled images and 4 unlabelled in 4 rotations, over 2 processes','2 epochs of 3 steps = 6 steps, 192 image passes','run-0: accuracy','|32|2|SESEMI|'):
+        assert text.count(o)==1, (o, text)
+    for kind,passes in (('run',192),('twin',96)):
+        assert {o.name for o in (out/f'{kind}-0').iterdir()}=={'results.json','model.pth','history.csv','steps.csv','curves.png'}
+        res = json.loads((out/f'{kind}-0/results.json').read_text())
+        assert (res['steps'],res['bs'],res['image_passes'],res['processes'])==(6,16,passes,2)
+        assert len((out/f'{kind}-0/steps.csv').read_text().splitlines())==7 and len((out/f'{kind}-0/history.csv').read_text().splitlines())==3
+        model = replace_classifier(get_arch('resnet10')(), torch.randn(2,3,32,32), 2).eval()
+        model.load_state_dict(torch.load(out/f'{kind}-0/model.pth', weights_only=True))
+        x,y = map(torch.cat, zip(*RunConfig(str(folder), 'noise', size=32, unlabeled_bs=4, num_workers=0).dls().valid))
+        with torch.no_grad(): assert res['accuracy']==pytest.approx(100*(model(x.as_subclass(torch.Tensor)).argmax(1)==y).float().mean().item(), abs=1e-3) and len(y)==7
+
+def test_numbers_that_processes_cannot_share(folder, monkeypatch):
+    "two processes, `sesemi_imagewang`: batches or groups that can't be shared are refused with words"
+    monkeypatch.setenv('WORLD_SIZE','2')
+    cfg = lambda **kw: RunConfig(str(folder), 'noise', **(dict(size=32, arch='resnet10', unlabeled_bs=4, num_workers=0)|kw))
+    with pytest.raises(ValueError, match='unlabeled_bs=3.*2 processes'): cfg(unlabeled_bs=3).dls()
+    dls = cfg().dls(); assert (dls.train.bs,dls.unlabeled.bs)==(8,2) and dls.steps_per_epoch(2)==36//4
+    with pytest.raises(ValueError, match='bn_groups=3.*2 processes'): cfg(bn_groups=3).learner(dls)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='bn_groups=1.*GPU'): cfg(bn_groups=1).learner(dls)
+    assert cfg(bn_groups=4).learner(dls).batch_norm_groups.n_groups==2 and not hasattr(cfg().learner(dls),'batch_norm_groups')
+
+def test_without_accelerate(folder, tmp_path):
+    "accelerate isn't installed: the package works in one process, and in two says how to get it"
+    code = f"""
+import sys; sys.modules['accelerate'] = None
+from sesemi_fastai.all import *
+from sesemi_fastai.imagewang import main
+import os; os.environ.update(WORLD_SIZE='2', RANK='0')
+main([{str(folder)!r},'--out',{str(tmp_path/'out')!r}])
+"""
+    r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+    assert r.returncode==2 and r.stderr.strip()=="sesemi_imagewang: Training in several processes needs accelerate: pip install 'sesemi_fastai[distributed]'.", r.stderr

@@ -1,5 +1,5 @@
 """What `test_distributed.py` asserts, recorded by each of two processes: `accelerate launch --cpu --num_processes 2 tests/two_processes.py FOLDER`.
-An image's first pixel is its number, and nothing is augmented, so that a batch tells which images are in it."""
+An image's first pixel is a hundredth of its number, and nothing is augmented, so that a batch tells which images are in it."""
 import sys
 from functools import partial
 import torch
@@ -10,7 +10,7 @@ from sesemi_fastai.all import PairedDataLoaders,RotationPretext,StepSeed
 
 class Paint(Transform):
     def encodes(self, i:int):
-        x = torch.randn(3,8,8, generator=torch.Generator().manual_seed(i)); x[0,0,0] = i
+        x = torch.randn(3,8,8, generator=torch.Generator().manual_seed(i)); x[0,0,0] = i/100
         return x
 class Label(Transform):
     def encodes(self, i:int): return i%2
