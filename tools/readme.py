@@ -18,9 +18,9 @@ def render():
     return re.sub(r'\]\(images/', '](nbs/images/', text)
 
 def table():
-    "A row for each test of tests/test_matrix.py: its docstring up to the colon, the rest, its name"
+    "A row for each test of the matrix, and of several processes: its docstring up to the colon, the rest, its name"
     rows = ['| with | what is checked | test |','| --- | --- | --- |']
-    for o in ast.parse((root/'tests/test_matrix.py').read_text(encoding='utf-8')).body:
+    for o in sum((ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body for nm in ('matrix','distributed')), []):
         if not (isinstance(o, ast.FunctionDef) and o.name.startswith('test_')): continue
         what,_,checked = ast.get_docstring(o).partition(': ')
         rows.append(f'| {what} | {checked} | `{o.name}` |')
