@@ -18,6 +18,8 @@ from .optimizer import *
 from .schedule import *
 from .learner import *
 from .report import *
+from .checkpoint import *
+from .resume import *
 from .run import *
 from .imagewang import *
 

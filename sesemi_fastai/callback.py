@@ -126,7 +126,7 @@ def before_train(self:RotationPretext):
     dl = _unlabeled_dl(self.learn)
     if self.backward=='sequential' and isinstance(self.learn.model, nn.parallel.DistributedDataParallel): raise ValueError("backward='sequential' can't be used with distributed training, which synchronises gradients in the first backward pass: use backward='joint'.")
     if self.epoch==0: self.objective.batch(_sample(getattr(dl,'dl',dl)))   # a batch it can't use is an error before the first step
-    self._it,self._sums = iter(dl),[0.,0.,0]
+    self._it,self.pretext_sums,self.n_taken = iter(dl),[0.,0.,0],0
 
 @patch
 def after_train(self:RotationPretext):
@@ -143,8 +143,9 @@ def next_unlabeled(self:RotationPretext)->Tensor: # `(B,C,H,W)`
     "The next unlabelled batch; the loader starts over where it ends before the labelled one"
     b = next(self._it, None)
     if b is None:
-        self._it = iter(_unlabeled_dl(self.learn)); b = next(self._it, None)
+        self._it,self.n_taken = iter(_unlabeled_dl(self.learn)),0; b = next(self._it, None)
     assert b is not None, "The unlabelled loader gave no batch: it needs at least unlabeled_bs images."
+    self.n_taken += 1
     return b[0].as_subclass(Tensor).to(self.pretext_head.weight.device)
 
 # %% ../nbs/07_callback.ipynb #43befead
@@ -155,7 +156,7 @@ def pretext_loss(self:RotationPretext)->Tensor: # A scalar, with its graph
     logits = self.pretext_head(self.tap(getattr(self.learn.model,'module',self.learn.model), inp))
     loss = self.objective.loss(logits, targ)
     n = len(targ)
-    for i,o in enumerate((loss.detach()*n, (logits.argmax(1)==targ).sum(), n)): self._sums[i] += o
+    for i,o in enumerate((loss.detach()*n, (logits.argmax(1)==targ).sum(), n)): self.pretext_sums[i] += o
     self._last_loss = loss.detach()
     return loss
 
@@ -187,6 +188,6 @@ def after_batch(self:RotationPretext):
 @patch
 def after_epoch(self:RotationPretext):
     "Hand the epoch's mean loss and accuracy to the Recorder, before it keeps its values"
-    sums,self._sums = getattr(self,'_sums',None),None
+    sums,self.pretext_sums = getattr(self,'pretext_sums',None),None
     if sums is None or not hasattr(self.learn,'recorder'): return
     self.recorder.log += [float(o)/sums[2] if sums[2] else None for o in sums[:2]]

@@ -11,12 +11,13 @@ from fastcore.docments import docments
 import argparse
 from dataclasses import replace
 from fastprogress.fastprogress import format_time
-import sesemi_fastai,statistics
+import sesemi_fastai,statistics,shlex
 from .images import *
 from .augment import *
 from .data import *
 from .learner import *
 from .run import *
+from .resume import TrainingStopped
 from .report import *
 
 # %% ../nbs/16_imagewang.ipynb #834f177c
@@ -79,12 +80,13 @@ def plan(
 
 # %% ../nbs/16_imagewang.ipynb #65b17d1d
 def new_out(
-    out:str|Path # Folder for results
+    out:str|Path, # Folder for results
+    resume:bool=False # Whether it may hold runs already
 )->Path:
-    "`out`, made if need be; raises where it can't be written or holds runs, which are never overwritten"
+    "`out`, made if need be; raises where it can't be written, or holds runs, which are never overwritten"
     out = Path(out)
     if out.exists() and not out.is_dir(): raise FileExistsError(f"--out {out} is a file: name a folder.")
-    if [*out.glob('run-*'), *out.glob('twin-*')]: raise FileExistsError(f"--out {out} holds runs already, which are never overwritten: name another folder, or use --report to rebuild their report.")
+    if not resume and [*out.glob('run-*'), *out.glob('twin-*')]: raise FileExistsError(f"--out {out} holds runs already, which are never overwritten: name another folder, go on with --resume, or use --report to rebuild their report.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out): pass
@@ -93,17 +95,18 @@ def new_out(
 
 def train_all(
     cfg:RunConfig, # The first run; those that follow have the next seeds
-    out:Path, # An empty folder
+    out:Path, # Folder of the results
     runs:int=1, # How many
     twin:bool=False, # Each with a supervised twin
-    plain:bool=False # Lines instead of progress bars
+    **kwargs # For `train_run`
 ):
-    "Train `runs` runs into `out`"
+    "Train `runs` runs into `out`, but for those that are finished"
     for i in range(runs):
         c = replace(cfg, seed=cfg.seed+i)
         for kind in ['run','twin'][:1+twin]:
+            if finished(c, out/f'{kind}-{c.seed}', kind=='twin'): print(f"\n{kind}-{c.seed}: finished already"); continue
             print(f"\n{kind}-{c.seed}: {'SESEMI' if kind=='run' else 'supervised twin'}, seed {c.seed}", flush=True)
-            r = train_run(c, out/f'{kind}-{c.seed}', twin=kind=='twin', plain=plain)
+            r = train_run(c, out/f'{kind}-{c.seed}', twin=kind=='twin', **kwargs)
             print(f"{kind}-{c.seed}: accuracy {r['accuracy']:.2f} % after {format_time(r['seconds'])}", flush=True)
 
 # %% ../nbs/16_imagewang.ipynb #1fac0271
@@ -124,11 +127,15 @@ def sesemi_imagewang(
     num_workers:int=None, # Worker processes; changes no result
     twin:bool=False, # Beside each run a supervised one of as many steps; always for the sample
     out:str=None, # Folder of the results [runs/<data>-<time>]
+    resume:bool=False, # Go on with the runs in --out where they were cut
+    save_every:str='10 minutes', # How often to save what it takes to resume: a number of steps, '2 epochs', '10 minutes'
     link:str=None, # Address of the code at an exact commit, for the leaderboard row
     report:bool=False, # Train nothing, rebuild the report of the runs in --out
 ):
     "Train SESEMI on Imagewang, or on data of its shape, and report as fastai's leaderboard asks"
+    args = dict(locals())
     if report: return print(write_report(out or '.', link))
+    if resume and not out: raise ValueError("--resume needs --out: name the folder of the runs to go on with.")
     given = dict(size=size, epochs=epochs, arch=arch, unlabeled_bs=unlabeled_bs, lr=lr, warmup_epochs=warmup_epochs, steps=steps, num_workers=num_workers)
     given = {k:v for k,v in given.items() if v is not None}
     for k,v in dict(given, runs=runs).items():
@@ -137,13 +144,19 @@ def sesemi_imagewang(
     path,twin = get_data(data),twin or data=='sample'
     cfg = RunConfig(str(path), data if data in ('sample',*_urls) else Path(data).name, seed=seed, recipe=recipe, val_in_pool=not no_val, bf16=bf16,
                     **{**(_sample_defaults if data=='sample' else _defaults), **given})
-    out = new_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = new_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume)
     dls = cfg.dls()
     print(plan(cfg, dls, runs, twin), f"Results    {out}", sep='\n', flush=True)
-    train_all(cfg, out, runs, twin, plain=not (sys.stdout.isatty() or IN_NOTEBOOK))
+    train_all(cfg, out, runs, twin, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=save_every, command=_command(args|dict(out=str(out), resume=True)))
     print('\n'+write_report(out, link)+f'\nPictures, weights and histories: {out}')
 
 # %% ../nbs/16_imagewang.ipynb #0d760ede
+def _command(args):
+    "The command with these arguments of `sesemi_imagewang`"
+    given = {k:v for k,v in args.items() if v!=inspect.signature(sesemi_imagewang).parameters[k].default}
+    opts = [[f'--{k}'] if v is True else [f'--{k}',str(v)] for k,v in given.items() if k!='data']
+    return shlex.join(['sesemi_imagewang', args['data'], *sum(opts, [])])
+
 def _parser():
     "Command-line options from the signature and docments of `sesemi_imagewang`"
     p = argparse.ArgumentParser('sesemi_imagewang', description=sesemi_imagewang.__doc__)
@@ -157,6 +170,9 @@ def _parser():
 def main(args=None):
     "The command `sesemi_imagewang`; a mistake in its input is one sentence and exit status 2"
     try: sesemi_imagewang(**vars(_parser().parse_args(args)))
+    except TrainingStopped as e:
+        print(f'sesemi_imagewang: {e}', file=sys.stderr)
+        sys.exit(128+e.signal)
     except (ValueError, OSError) as e:
         print(f'sesemi_imagewang: {e}', file=sys.stderr)
         sys.exit(2)
