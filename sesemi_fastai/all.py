@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/17_all.ipynb #d635e3fa
 from .images import *
 from .augment import *
+from .store import *
 from .streams import *
 from .data import *
 from .objectives import *

@@ -42,7 +42,8 @@ def seconds_per_step(
 )->float:
     "Measured seconds of a training step with its data, on a copy of the model"
     dls,model = learn.dls,deepcopy(learn.model).to(learn.dls.device).train()
-    bf16 = any(isinstance(o, BFloat16) for o in learn.cbs)
+    bf16,channels_last = (any(isinstance(o, t) for o in learn.cbs) for t in (BFloat16,ChannelsLast))
+    if channels_last: model = model.to(memory_format=torch.channels_last)
     start,xb,yb = time.time(),*dls.train.one_batch()
     ub = None if twin else dls.unlabeled.one_batch()[0]
     load,times = time.time()-start,[]
@@ -71,7 +72,7 @@ def plan(
              f"Classes    {len(dls.vocab)}: {', '.join(dls.vocab)}"]
     if files.left_out: lines.append(f"Left out   {len(files.left_out)} folders of train ({sum(files.left_out.values()):,} images) that are no class of val; they stay on disk")
     lines += [f"Images     {c['labeled']:,} labelled, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation",
-              f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {'bfloat16' if cfg.bf16 else 'float32'} on {dls.device}",
+              f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {formats(learn)}",
               f"A step     {bs} labelled images and {ubs} unlabelled in 4 rotations",
               f"A run      {cfg.epochs} epochs of {n:,} steps = {total:,} steps, {total*(bs+4*ubs):,} image passes; each labelled image is seen {total*bs/c['labeled']:,.0f} times",
               f"Runs       {runs}{', each with a supervised twin of as many steps' if twin else ''}, from seed {cfg.seed}",
@@ -120,7 +121,8 @@ def sesemi_imagewang(
     seed:int=0, # Seed of the first run
     lr:float=None, # Highest learning rate [0.1; sample 0.05]
     warmup_epochs:float=None, # Epochs of warm-up [the smaller of 10 and an eighth of the epochs]
-    recipe:str='reference', # Augmentation
+    recipe:str='reference', # reference, or fast: pictures decoded once, augmented in batches, in the formats the hardware is fast in
+    store:str=None, # Folder for decoded pictures of the fast recipe, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
@@ -136,7 +138,7 @@ def sesemi_imagewang(
     args = dict(locals())
     if report: return print(write_report(out or '.', link))
     if resume and not out: raise ValueError("--resume needs --out: name the folder of the runs to go on with.")
-    given = dict(size=size, epochs=epochs, arch=arch, unlabeled_bs=unlabeled_bs, lr=lr, warmup_epochs=warmup_epochs, steps=steps, num_workers=num_workers)
+    given = dict(size=size, epochs=epochs, arch=arch, unlabeled_bs=unlabeled_bs, lr=lr, warmup_epochs=warmup_epochs, steps=steps, num_workers=num_workers, store=store)
     given = {k:v for k,v in given.items() if v is not None}
     for k,v in dict(given, runs=runs).items():
         if k in ('size','epochs','unlabeled_bs','steps','runs') and v<1: raise ValueError(f"--{k} {v} must be 1 or more.")

@@ -38,15 +38,17 @@ class RunConfig:
     steps:int=None              # Steps an epoch, for trials; one pass by default
     bf16:bool=False             # bfloat16 autocast
     num_workers:int=None        # Worker processes; changes no result
+    store:str=None              # Folder of decoded pictures, for recipes that keep them; 'none' decodes each time; changes no result
 
     def dls(self):
         "The data of this run"
         return PairedDataLoaders.from_folder(self.data, unlabeled=('train','val','unsup') if self.val_in_pool else ('train','unsup'), size=self.size,
-            unlabeled_bs=self.unlabeled_bs, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False)
+            unlabeled_bs=self.unlabeled_bs, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False,
+            store=False if self.store=='none' else self.store)
 
     def settings(self, twin=False):
         "What makes it the same run, wherever its files are"
-        return {k:v for k,v in asdict(self).items() if k not in ('data','dataset','num_workers')}|dict(twin=twin)
+        return {k:v for k,v in asdict(self).items() if k not in ('data','dataset','num_workers','store')}|dict(twin=twin)
 
     def learner(self, dls):
         "Its Learner, with weights drawn from the seed"
