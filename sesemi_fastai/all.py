@@ -10,6 +10,7 @@ from .images import *
 from .augment import *
 from .store import *
 from .streams import *
+from .distributed import *
 from .data import *
 from .objectives import *
 from .features import *

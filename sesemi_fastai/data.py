@@ -18,7 +18,7 @@ from .streams import *
 # %% ../nbs/04_data.ipynb #cb6c54c6
 def _n_workers(num_workers, bs, unlabeled_bs):
     "Workers of the labelled stream, and for the unlabelled one a share by its batch"
-    n = min(16, defaults.cpus) if num_workers is None else num_workers
+    n = max(1, min(16, defaults.cpus)//int(os.environ.get('LOCAL_WORLD_SIZE', 1))) if num_workers is None else num_workers   # processes share the machine
     return n, -(-n*unlabeled_bs//bs) if n else 0
 
 class PairedDataLoaders(DataLoaders):
@@ -27,6 +27,12 @@ class PairedDataLoaders(DataLoaders):
     def unlabeled(self):
         "The loader of unlabelled images, in batches of one element"
         return self.loaders[2]
+
+    def steps_per_epoch(self,
+        world:int=1 # Processes, each of which takes batches of its own
+    )->int:
+        "Steps of an epoch, for each process"
+        return min(len(self.train), self.unlabeled.n//(self.unlabeled.bs*world))
 
     def new_empty(self):
         "Plain `DataLoaders` without items, which load where this package isn't installed"

@@ -9,11 +9,13 @@ __all__ = ['get_data', 'seconds_per_step', 'plan', 'new_out', 'train_all', 'sese
 from fastai.vision.all import *
 from fastcore.docments import docments
 import argparse
+from contextlib import redirect_stdout,nullcontext
 from dataclasses import replace
 from fastprogress.fastprogress import format_time
 import sesemi_fastai,statistics,shlex
 from .images import *
 from .augment import *
+from .distributed import *
 from .data import *
 from .learner import *
 from .run import *
@@ -63,7 +65,7 @@ def plan(
     twin:bool=False # Each with a supervised twin
 )->str:
     "What will be trained, in words and numbers"
-    n,ubs,bs = len(dls.train),dls.unlabeled.bs,dls.train.bs
+    n,ubs,bs = dls.steps_per_epoch(cfg.processes),cfg.unlabeled_bs,dls.train.bs*cfg.processes
     files = split_folder(cfg.data)
     learn = cfg.learner(dls)
     secs = seconds_per_step(learn) + (seconds_per_step(learn, True) if twin else 0)
@@ -73,7 +75,7 @@ def plan(
     if files.left_out: lines.append(f"Left out   {len(files.left_out)} folders of train ({sum(files.left_out.values()):,} images) that are no class of val; they stay on disk")
     lines += [f"Images     {c['labeled']:,} labelled, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation",
               f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {formats(learn)}",
-              f"A step     {bs} labelled images and {ubs} unlabelled in 4 rotations",
+              f"A step     {bs} labelled images and {ubs} unlabelled in 4 rotations{f', over {cfg.processes} processes' if cfg.processes>1 else ''}",
               f"A run      {cfg.epochs} epochs of {n:,} steps = {total:,} steps, {total*(bs+4*ubs):,} image passes; each labelled image is seen {total*bs/c['labeled']:,.0f} times",
               f"Runs       {runs}{', each with a supervised twin of as many steps' if twin else ''}, from seed {cfg.seed}",
               f"Time       about {format_time(secs*total*runs)} here, validation not counted"]
@@ -127,6 +129,7 @@ def sesemi_imagewang(
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     num_workers:int=None, # Worker processes; changes no result
+    bn_groups:int=None, # Parts of a batch that BatchNorm normalises apart, 2 in the published runs [one for each process]
     twin:bool=False, # Beside each run a supervised one of as many steps; always for the sample
     out:str=None, # Folder of the results [runs/<data>-<time>]
     resume:bool=False, # Go on with the runs in --out where they were cut
@@ -138,19 +141,19 @@ def sesemi_imagewang(
     args = dict(locals())
     if report: return print(write_report(out or '.', link))
     if resume and not out: raise ValueError("--resume needs --out: name the folder of the runs to go on with.")
-    given = dict(size=size, epochs=epochs, arch=arch, unlabeled_bs=unlabeled_bs, lr=lr, warmup_epochs=warmup_epochs, steps=steps, num_workers=num_workers, store=store)
+    given = dict(size=size, epochs=epochs, arch=arch, unlabeled_bs=unlabeled_bs, lr=lr, warmup_epochs=warmup_epochs, steps=steps, num_workers=num_workers, store=store, bn_groups=bn_groups)
     given = {k:v for k,v in given.items() if v is not None}
     for k,v in dict(given, runs=runs).items():
-        if k in ('size','epochs','unlabeled_bs','steps','runs') and v<1: raise ValueError(f"--{k} {v} must be 1 or more.")
+        if k in ('size','epochs','unlabeled_bs','steps','runs','bn_groups') and v<1: raise ValueError(f"--{k} {v} must be 1 or more.")
     get_arch(given.get('arch', 'resnet50'))
-    path,twin = get_data(data),twin or data=='sample'
+    path,twin = local_first(get_data, data),twin or data=='sample'
     cfg = RunConfig(str(path), data if data in ('sample',*_urls) else Path(data).name, seed=seed, recipe=recipe, val_in_pool=not no_val, bf16=bf16,
                     **{**(_sample_defaults if data=='sample' else _defaults), **given})
-    out = new_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume)
+    out = from_rank0(lambda: new_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
     dls = cfg.dls()
-    print(plan(cfg, dls, runs, twin), f"Results    {out}", sep='\n', flush=True)
+    if not rank_distrib(): print(plan(cfg, dls, runs, twin), f"Results    {out}", sep='\n', flush=True)
     train_all(cfg, out, runs, twin, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=save_every, command=_command(args|dict(out=str(out), resume=True)))
-    print('\n'+write_report(out, link)+f'\nPictures, weights and histories: {out}')
+    if not rank_distrib(): print('\n'+write_report(out, link)+f'\nPictures, weights and histories: {out}')
 
 # %% ../nbs/16_imagewang.ipynb #0d760ede
 def _command(args):
@@ -171,13 +174,16 @@ def _parser():
 
 def main(args=None):
     "The command `sesemi_imagewang`; a mistake in its input is one sentence and exit status 2"
-    try: sesemi_imagewang(**vars(_parser().parse_args(args)))
+    args = vars(_parser().parse_args(args))
+    try:
+        with redirect_stdout(open(os.devnull,'w')) if rank_distrib() else nullcontext(): sesemi_imagewang(**args)   # the first process speaks for all
     except TrainingStopped as e:
         print(f'sesemi_imagewang: {e}', file=sys.stderr)
         sys.exit(128+e.signal)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         print(f'sesemi_imagewang: {e}', file=sys.stderr)
         sys.exit(2)
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 # %% ../nbs/16_imagewang.ipynb #97897f35
 if __name__=='__main__': main()   # for `python -m`; in a notebook the name is the same

@@ -10,6 +10,7 @@ from fastai.vision.all import *
 import hashlib,platform,signal,threading,torchvision,fastai,fastcore,torch
 import sesemi_fastai
 from .streams import *
+from .distributed import *
 from .checkpoint import *
 from .checkpoint import _named,_plain_model,_public
 from .callback import _Ephemeral
@@ -84,7 +85,7 @@ class ResumeTraining(_Ephemeral):
 
     def before_fit(self):
         "Stand in for the Learner's `_with_events`, until the fit ends"
-        self.rows,self.seconds,self._begun,self._from,self._last,self._signal = [],0.,False,None,None,None
+        self.rows,self.seconds,self._begun,self._from,self._last,self._signal = [],0.,False,None,None,0
         if not hasattr(self.learn,'lr_finder'): self.learn._with_events = self._with_events
 
     def after_fit(self):
@@ -122,6 +123,9 @@ class ResumeTraining(_Ephemeral):
             for i,b in enumerate(learn.dl, state['step']): learn.one_batch(i, b)
 
 # %% ../nbs/13a_resume.ipynb #13a00020
+def _say(text):
+    if not rank_distrib(): print(text, flush=True)
+
 @patch
 def _begin(self:ResumeTraining):
     "Find the newest whole checkpoint, refuse one of another run, put back what it holds"
@@ -141,21 +145,28 @@ def _begin(self:ResumeTraining):
     for row in self.rows: learn.logger(L(row))
     if state['done']:
         set_progress(learn, state)
-        print(f"This run is finished ({learn.n_epoch} epochs, {path}): nothing is left to train.")
+        _say(f"This run is finished ({learn.n_epoch} epochs, {path}): nothing is left to train.")
         raise CancelFitException
     self._from = state
     self._saved = time.time(),state['train_iter']
-    print(f"Resuming at epoch {state['epoch']}, step {state['step']} of {len(learn.dls.train)}, from {path}.", flush=True)
+    _say(f"Resuming at epoch {state['epoch']}, step {state['step']} of {len(learn.dls.train)}, from {path}.")
 
 @patch
 def _newest(self:ResumeTraining)->tuple: # State and path, or two None
-    "The newest checkpoint that is whole"
-    paths = sorted(self._folder.glob('step-*.ckpt'), reverse=True)
+    "The newest checkpoint that is whole, and that all processes have"
+    paths = sorted(self._folder.glob(self._name('*')), reverse=True)
+    if not rank_distrib(): paths = [o for o in paths if 'rank' not in o.name]
+    whole = {}
     for path in paths:
-        try: return read_checkpoint(path),path
+        try: whole[path.name[:14]] = read_checkpoint(path),path
         except CheckpointError as e: print(f"{e}: it is left alone, the one before it is used.", flush=True)
-    if paths: raise CheckpointError(f"None of the {len(paths)} checkpoints in {self._folder} can be used: name another folder to train from the start.")
-    return None,None
+        if whole and num_distrib()<2: break
+    shared = set.intersection(*map(set, from_all(list(whole))))
+    if any(from_all(bool(paths))) and not shared: raise CheckpointError(f"None of the checkpoints in {self._folder} can be used: name another folder to train from the start.")
+    return whole[max(shared)] if shared else (None,None)
+
+@patch
+def _name(self:ResumeTraining, step): return f"step-{step if step=='*' else format(step,'09d')}{f'-rank{rank_distrib()}' if rank_distrib() else ''}.ckpt"
 
 @patch
 def _save(self:ResumeTraining, progress):
@@ -163,8 +174,8 @@ def _save(self:ResumeTraining, progress):
     now,step = time.time(),progress['train_iter']
     state = dict(done=False)|progress|dict(weights=get_weights(self.learn), settings=self._now, seconds=self.seconds+now-self._start)
     try:
-        write_checkpoint(self._folder/f'step-{step:09d}.ckpt', state)
-        mine = [o for o in sorted(self._folder.glob('step-*.ckpt')) if is_checkpoint(o)]
+        write_checkpoint(self._folder/self._name(step), state)
+        mine = [o for o in sorted(self._folder.glob(self._name('*'))) if bool(rank_distrib())==('rank' in o.name) and is_checkpoint(o)]
         for o in mine[:-2]: o.unlink()
         self._saved = now,step
     except OSError as e:
@@ -179,6 +190,7 @@ def after_batch(self:ResumeTraining):
         n,unit = self._every
         done,last = self.learn.train_iter,self.iter+1==self.n_iter
         due = (done%n==0 if unit=='step' else last and (self.epoch+1)%n==0 if unit=='epoch' else time.time()-self._saved[0]>=60*n)
+        if num_distrib()>1: due,self._signal = (max(o) for o in zip(*from_all((due, self._signal))))   # all stop and save at the same step
         if due or last or self._signal: self._last = get_progress(self.learn, self.iter+1)
         if due and not self._signal: self._save(self._last)
     if self._signal: self._stop()
@@ -203,7 +215,7 @@ def _signals(self:ResumeTraining):
     if threading.current_thread() is not threading.main_thread(): yield; return
     def handler(num, frame):
         if self._signal: raise KeyboardInterrupt(f'Stopped at once, by a second signal; {self._folder} has the last checkpoint.')
-        self._signal = num
+        self._signal = int(num)
         if not self.learn.training: self._stop()
     old = {s:signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield

@@ -13,6 +13,7 @@ import sesemi_fastai
 from fastai.callback.progress import CSVLogger
 from fastprogress.fastprogress import format_time
 from .streams import *
+from .distributed import *
 from .data import *
 from .learner import *
 from .callback import *
@@ -39,11 +40,16 @@ class RunConfig:
     bf16:bool=False             # bfloat16 autocast
     num_workers:int=None        # Worker processes; changes no result
     store:str=None              # Folder of decoded pictures, for recipes that keep them; 'none' decodes each time; changes no result
+    bn_groups:int=None          # Parts of a batch that BatchNorm normalises apart, see `BatchNormGroups`; one for each process by default
+
+    @property
+    def processes(self): return max(1, num_distrib())
 
     def dls(self):
-        "The data of this run"
+        "The data of this run, in batches of this process"
+        if self.unlabeled_bs%self.processes: raise ValueError(f"unlabeled_bs={self.unlabeled_bs} can't be shared by {self.processes} processes: use a multiple of their number.")
         return PairedDataLoaders.from_folder(self.data, unlabeled=('train','val','unsup') if self.val_in_pool else ('train','unsup'), size=self.size,
-            unlabeled_bs=self.unlabeled_bs, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False,
+            unlabeled_bs=self.unlabeled_bs//self.processes, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False,
             store=False if self.store=='none' else self.store)
 
     def settings(self, twin=False):
@@ -52,8 +58,11 @@ class RunConfig:
 
     def learner(self, dls):
         "Its Learner, with weights drawn from the seed"
+        groups = ifnone(self.bn_groups, self.processes)
+        if groups!=1 and groups%self.processes: raise ValueError(f"bn_groups={groups} can't be shared by {self.processes} processes: use 1, for all together, or a multiple of their number.")
+        if groups<self.processes and not torch.cuda.is_available(): raise ValueError(f"bn_groups=1 in {self.processes} processes needs a GPU for each: use {self.processes} groups or more.")
         with seeded(random_key(self.seed, 'weights')):
-            return sesemi_learner(dls, get_arch(self.arch), metrics=accuracy, cbs=BFloat16() if self.bf16 else None)
+            return sesemi_learner(dls, get_arch(self.arch), metrics=accuracy, bn_groups=max(1, groups//self.processes), cbs=BFloat16() if self.bf16 else None)
 
 # %% ../nbs/14_run.ipynb #ae0e5f1a
 class PlainProgress(Callback):
@@ -96,22 +105,29 @@ def train_run(
     save_every='10 minutes', # How often to save what it takes to resume; see `ResumeTraining`
     command:str=None # What to say that resumes, when a signal stops the run
 )->dict: # What `results.json` holds
-    "Train one run and write its folder; raises `FileExistsError`, or `CheckpointError` where `folder` holds another run"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=resume)
-    if (done := finished(cfg, folder, twin)): return done
+    "Train one run and write its folder, of several processes the first; raises `FileExistsError`, or `CheckpointError` where `folder` holds another run"
+    folder,main = Path(folder),not rank_distrib()
+    if main: folder.mkdir(parents=True, exist_ok=resume)
+    if (done := from_rank0(lambda: finished(cfg, folder, twin))): return done
     dls = dls or cfg.dls()
     for dl in (dls.train, dls.unlabeled): dl.epoch = 0
     learn = cfg.learner(dls)
     learn.path = folder
-    if plain: learn.remove_cb(ProgressCallback); learn.add_cb(PlainProgress())
-    n,saver = len(dls.train),ResumeTraining(folder/'resume', save_every, settings=cfg.settings(twin), command=command)
-    learn.fit_poly_warmup(cfg.epochs, cfg.lr, warmup_epochs=cfg.warmup_epochs, cbs=[CSVLogger(folder.absolute()/'history.csv'), saver, *([] if twin else [RotationPretext()])])
-    per_step = dls.train.bs + (0 if twin else 4*dls.unlabeled.bs)
-    res = asdict(cfg)|dict(accuracy=100*learn.recorder.values[-1][2], steps=n*cfg.epochs, steps_per_epoch=n, twin=twin, bs=dls.train.bs,
-        image_passes=n*cfg.epochs*per_step, counts=counts(dls), seconds=round(saver.seconds, 1), versions=versions(), commit=_commit(), settings=cfg.settings(twin))
+    if plain:
+        learn.remove_cb(ProgressCallback)
+        if main: learn.add_cb(PlainProgress())
+    n,bs = dls.steps_per_epoch(cfg.processes),dls.train.bs*cfg.processes
+    saver = ResumeTraining(folder/'resume', save_every, settings=cfg.settings(twin), command=command)
+    cbs = L(saver)+L(CSVLogger(folder.absolute()/'history.csv') if main else None)+L(None if twin else RotationPretext())
+    with on_processes(learn, sync_bn=cfg.bn_groups==1): learn.fit_poly_warmup(cfg.epochs, cfg.lr, warmup_epochs=cfg.warmup_epochs, cbs=cbs)
+    lrs,losses,acc = learn.recorder.hps['lr'],learn.recorder.losses,learn.recorder.values[-1][2]
+    if cfg.processes>1: acc = learn.validate()[1]   # each image once, where the epoch's share was filled up
+    res = asdict(cfg)|dict(accuracy=100*acc, steps=n*cfg.epochs, steps_per_epoch=n, twin=twin, bs=bs, processes=cfg.processes,
+        image_passes=n*cfg.epochs*(bs+(0 if twin else 4*cfg.unlabeled_bs)), counts=counts(dls), seconds=round(saver.seconds, 1), versions=versions(), commit=_commit(), settings=cfg.settings(twin))
+    if not main: return res
     torch.save({k:v.cpu() for k,v in learn.model.state_dict().items()}, folder/'model.pth')
     with open(folder/'steps.csv','w',newline='') as f:
-        csv.writer(f).writerows([('step','lr','loss'), *((i,lr,float(l)) for i,(lr,l) in enumerate(zip(learn.recorder.hps['lr'], learn.recorder.losses)))])
+        csv.writer(f).writerows([('step','lr','loss'), *((i,lr,float(l)) for i,(lr,l) in enumerate(zip(lrs, losses)))])
     write_json(folder/'results.json', res)
     saver.clear()
     return res

@@ -54,7 +54,7 @@ def epoch_draws(
 # %% ../nbs/03_streams.ipynb #42173ffa
 class _OwnSeed(_FakeLoader):
     "With a generator that isn't torch's own, from which to begin an epoch would draw a number; made anew, since workers can't be sent one"
-    generator = property(lambda self: torch.Generator().manual_seed(self.d.seed))
+    generator = property(lambda self: torch.Generator().manual_seed(getattr(self.d,'dl',self.d).seed))
 
 class StreamDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation are functions of `(seed, stream, epoch)`; an epoch has `n_steps` batches"
@@ -75,10 +75,18 @@ class StreamDL(TfmdDL):
         return super().new(dataset, cls, **merge(own, kwargs))
 
     def get_idxs(self):
-        if not self.shuffle: return super().get_idxs()
+        return self.draws(len(self)) if self.shuffle else super().get_idxs()
+
+    def draws(self,
+        n_steps:int, # Batches in the epoch
+        rank:int=0, # Which of the processes that share the stream
+        world:int=1 # How many they are
+    )->list: # `n_steps*bs` draws
+        "Draws of the next epoch, but for the batches to leave out: of each batch of `world*bs` images the `rank`-th part, as `torch.chunk` cuts it"
         skip,self.n_skip = self.n_skip*self.bs,0
         self.epoch += 1
-        return epoch_draws(self.n, self.bs, len(self), self.epoch-1, self.seed, self.stream)[skip:]
+        res = epoch_draws(self.n, self.bs*world, n_steps, self.epoch-1, self.seed, self.stream)
+        return np.array(res).reshape(n_steps, world, self.bs)[:,rank].flatten()[skip:].tolist()
 
     def do_item(self, s):
         if not self.shuffle: return super().do_item(s)
