@@ -134,6 +134,12 @@ def after_train(self:RotationPretext):
     self._it = None
 
 @patch
+def after_fit(self:RotationPretext):
+    "Say which pictures couldn't be read, where they are skipped"
+    bad = getattr(getattr(self.dls, 'unlabeled', None), 'bad', None)
+    if bad is not None and (news := bad.news()): print(news)
+
+@patch
 def after_cancel_train(self:RotationPretext):
     "Close it after a cancelled epoch as well"
     self._it = None

@@ -62,13 +62,14 @@ def plan(
 )->str:
     "What will be trained, in words and numbers"
     n,ubs,bs = len(dls.train),dls.unlabeled.bs,dls.train.bs
-    files = split_folder(cfg.data)
+    files,bad = split_folder(cfg.data),dls.bad_images
     learn = cfg.learner(dls)
     secs = seconds_per_step(learn) + (seconds_per_step(learn, True) if twin else 0)
     total,c = n*cfg.epochs,counts(dls)
     lines = [f"Data       {cfg.dataset}: {dls.path}",
              f"Classes    {len(dls.vocab)}: {', '.join(dls.vocab)}"]
     if files.left_out: lines.append(f"Left out   {len(files.left_out)} folders of train ({sum(files.left_out.values()):,} images) that are no class of val; they stay on disk")
+    if bad: lines.append(f"Bad        {len(bad)} pictures can't be read and are left out: "+', '.join(f'{printable(p)} ({w})' for p,w in bad[:5])+', …'*(len(bad)>5))
     lines += [f"Images     {c['labeled']:,} labelled, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation",
               f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {'bfloat16' if cfg.bf16 else 'float32'} on {dls.device}",
               f"A step     {bs} labelled images and {ubs} unlabelled in 4 rotations",
@@ -105,6 +106,7 @@ def train_all(
             print(f"\n{kind}-{c.seed}: {'SESEMI' if kind=='run' else 'supervised twin'}, seed {c.seed}", flush=True)
             r = train_run(c, out/f'{kind}-{c.seed}', twin=kind=='twin', plain=plain)
             print(f"{kind}-{c.seed}: accuracy {r['accuracy']:.2f} % after {format_time(r['seconds'])}", flush=True)
+            if r['bad_images']: print(f"{len(r['bad_images'])} pictures couldn't be read, see bad_images in {out/f'{kind}-{c.seed}'/'results.json'}", flush=True)
 
 # %% ../nbs/16_imagewang.ipynb #1fac0271
 def sesemi_imagewang(
@@ -122,6 +124,8 @@ def sesemi_imagewang(
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     num_workers:int=None, # Worker processes; changes no result
+    exclude:str=None, # A JSON file that lists files to leave out, such as sesemi_doctor writes
+    on_bad_image:str='error', # A picture that can't be read: error, or skip to train without it
     twin:bool=False, # Beside each run a supervised one of as many steps; always for the sample
     out:str=None, # Folder of the results [runs/<data>-<time>]
     link:str=None, # Address of the code at an exact commit, for the leaderboard row
@@ -135,7 +139,7 @@ def sesemi_imagewang(
         if k in ('size','epochs','unlabeled_bs','steps','runs') and v<1: raise ValueError(f"--{k} {v} must be 1 or more.")
     get_arch(given.get('arch', 'resnet50'))
     path,twin = get_data(data),twin or data=='sample'
-    cfg = RunConfig(str(path), data if data in ('sample',*_urls) else Path(data).name, seed=seed, recipe=recipe, val_in_pool=not no_val, bf16=bf16,
+    cfg = RunConfig(str(path), data if data in ('sample',*_urls) else Path(data).name, seed=seed, recipe=recipe, val_in_pool=not no_val, bf16=bf16, exclude=exclude, on_bad_image=on_bad_image,
                     **{**(_sample_defaults if data=='sample' else _defaults), **given})
     out = new_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}")
     dls = cfg.dls()

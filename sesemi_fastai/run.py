@@ -12,6 +12,7 @@ import json,csv,subprocess,platform,torchvision,fastai,fastcore,torch
 import sesemi_fastai
 from fastai.callback.progress import CSVLogger
 from fastprogress.fastprogress import format_time
+from .images import *
 from .streams import *
 from .data import *
 from .learner import *
@@ -36,11 +37,14 @@ class RunConfig:
     steps:int=None              # Steps an epoch, for trials; one pass by default
     bf16:bool=False             # bfloat16 autocast
     num_workers:int=None        # Worker processes; changes no result
+    exclude:str=None            # A JSON file that lists files to leave out
+    on_bad_image:str='error'    # 'error', or 'skip' to train without pictures that can't be read
 
     def dls(self):
         "The data of this run"
         return PairedDataLoaders.from_folder(self.data, unlabeled=('train','val','unsup') if self.val_in_pool else ('train','unsup'), size=self.size,
-            unlabeled_bs=self.unlabeled_bs, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False)
+            unlabeled_bs=self.unlabeled_bs, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps,
+            exclude=self.exclude or (), on_bad_image=self.on_bad_image, verbose=False)
 
     def learner(self, dls):
         "Its Learner, with weights drawn from the seed"
@@ -101,7 +105,7 @@ def train_run(
     learn.fit_poly_warmup(cfg.epochs, cfg.lr, warmup_epochs=cfg.warmup_epochs, cbs=L(CSVLogger(folder.absolute()/'history.csv'))+L(None if twin else RotationPretext()))
     per_step = dls.train.bs + (0 if twin else 4*dls.unlabeled.bs)
     res = asdict(cfg)|dict(accuracy=100*learn.recorder.values[-1][2], steps=n*cfg.epochs, steps_per_epoch=n, twin=twin, bs=dls.train.bs,
-        image_passes=n*cfg.epochs*per_step, counts=counts(dls), seconds=round(time.time()-start, 1), versions=versions(), commit=_commit())
+        image_passes=n*cfg.epochs*per_step, counts=counts(dls), bad_images=[(printable(p),w) for p,w in dls.bad_images], seconds=round(time.time()-start, 1), versions=versions(), commit=_commit())
     torch.save({k:v.cpu() for k,v in learn.model.state_dict().items()}, folder/'model.pth')
     with open(folder/'steps.csv','w',newline='') as f:
         csv.writer(f).writerows([('step','lr','loss'), *((i,lr,float(l)) for i,(lr,l) in enumerate(zip(learn.recorder.hps['lr'], learn.recorder.losses)))])
