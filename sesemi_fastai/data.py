@@ -116,15 +116,18 @@ class FolderFiles:
         "Each file once"
         return list(dict.fromkeys(self.labeled+self.valid+self.unlabeled))
 
+    def class_of(self, p):
+        "The class whose folder the labelled or validation picture `p` is in"
+        return next(o for o in p.relative_to(self.path).parts if o in self.vocab)
+
     def without(self, files):
         "The same without `files`; raises where a class would be left without images"
         skip = {os.path.abspath(o) for o in files}
         if not skip: return self
         keep = lambda fs: [o for o in fs if os.path.abspath(o) not in skip]
         res = replace(self, labeled=keep(self.labeled), valid=keep(self.valid), unlabeled=keep(self.unlabeled))
-        class_of = lambda p: next(o for o in p.relative_to(self.path).parts if o in self.vocab)
         for what,now in (('labelled',res.labeled),('validation',res.valid)):
-            lost = set(self.vocab)-set(map(class_of, now))
+            lost = set(self.vocab)-set(map(self.class_of, now))
             if lost: raise ValueError(f"No {what} picture of {', '.join(map(printable, sorted(lost)))} is left: put some there that can be read, or exclude fewer.")
         return res
 
