@@ -20,5 +20,8 @@ from .learner import *
 from .report import *
 from .run import *
 from .imagewang import *
+from .copies import *
+from .doctor import *
+from .doctor_report import *
 
 __all__ = [o for o in globals() if not o.startswith('_')]   # this room has no names of its own

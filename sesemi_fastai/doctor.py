@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Finding', 'Report', 'ask_network', 'nearest', 'doctor']
 
-# %% ../nbs/15a_doctor.ipynb #8704c681
+# %% ../nbs/15a_doctor.ipynb #9585d1ff
 from fastai.vision.all import *
 from dataclasses import dataclass,field
 import statistics
@@ -17,7 +17,7 @@ from .features import _eval_mode
 from .callback import *
 from .copies import *
 
-# %% ../nbs/15a_doctor.ipynb #95245aaa
+# %% ../nbs/15a_doctor.ipynb #a89c8db1
 @dataclass
 class Finding:
     "One kind of trouble: where it is, and which files are better left out"
@@ -45,7 +45,9 @@ class Report:
         if (wrong := set(names)-{o.name for o in self.findings}): raise ValueError(f"There is no finding called {', '.join(sorted(wrong))}: use some of {', '.join(o.name for o in self.findings)}.")
         return sorted({p for n in names for p in self[n].exclude})
 
-# %% ../nbs/15a_doctor.ipynb #b6747640
+# %% ../nbs/15a_doctor.ipynb #b31eeda3
+def _n(n, what): return f"{n:,} {what}{'' if n==1 else 's'}"
+
 _modes = {'CMYK':'turned into RGB without a colour profile','I;16':'scaled to 8 bits','I':'scaled to 8 bits','F':'scaled to 8 bits','RGBA':'transparency is dropped','LA':'transparency is dropped','PA':'transparency is dropped'}
 
 def _singles(looks):
@@ -61,12 +63,12 @@ def _singles(looks):
     listed = lambda c: ', '.join(f'{k} {v:,}' for k,v in sorted(c.items(), key=lambda o: -o[1]))
     return [Finding('broken', "Can't be read", "Training stops at such a file, or trains without it if on_bad_image='skip'.", f'{len(bad):,} of {len(looks):,} files', each(bad, lambda o: o.why), [o.path for o in bad]),
         Finding('turned', 'Turned by EXIF', 'Stored on their side or mirrored, with a tag that says so; they are shown upright, here and in training.',
-                f'{len(turned):,} pictures'+(f' (by tag: {listed(Counter(o.turn for o in turned))})' if turned else ''), each(turned, lambda o: f'orientation {o.turn}')),
+                _n(len(turned),'picture')+(f' (by tag: {listed(Counter(o.turn for o in turned))})' if turned else ''), each(turned, lambda o: f'orientation {o.turn}')),
         Finding('sizes', 'Odd sizes', 'Longer than 3:1, of which a square crop shows little, or a short side under a quarter of the median, which is blown up.',
-                f'{len(odd):,} pictures; short side {min(short):,} to {max(short):,} pixels, median {mid:,.0f}', each(odd, lambda o: f'{o.size[0]} × {o.size[1]}')),
+                f'{_n(len(odd),"picture")}; short side {min(short):,} to {max(short):,} pixels, median {mid:,.0f}', each(odd, lambda o: f'{o.size[0]} × {o.size[1]}')),
         Finding('modes', 'Modes that lose something', 'Stored in a form that 8-bit RGB holds only in part, or as a film, of which the first frame is used.',
                 f'{listed(modes)}; {len(moving):,} with several frames', each(strange, lambda o: f'{o.mode}, {_modes[o.mode]}')+each([o for o in moving if o.mode not in _modes], lambda o: 'several frames')),
-        Finding('flat', 'Nearly one colour', 'Hardly any contrast (standard deviation of grey values under 5 of 255): no class and no direction can be seen.', f'{len(flat):,} pictures', each(flat, lambda o: f'deviation {o.std:.1f}'))]
+        Finding('flat', 'Nearly one colour', 'Hardly any contrast (standard deviation of grey values under 5 of 255): no class and no direction can be seen.', _n(len(flat),'picture'), each(flat, lambda o: f'deviation {o.std:.1f}'))]
 
 def _classes(files):
     "How evenly the labels are spread"
@@ -75,7 +77,7 @@ def _classes(files):
     return Finding('classes', 'Images of each class', 'The rarest class is learned worst; an accuracy over all hides it.',
                    f"{len(lab)} classes, {min(lab):,} to {max(lab):,} labelled images each (1 : {max(lab)/min(lab):.1f})"+('; one class alone leaves nothing to tell apart' if len(lab)==1 else ''), bars={printable(c):n[c] for c in files.vocab})
 
-# %% ../nbs/15a_doctor.ipynb #741129bd
+# %% ../nbs/15a_doctor.ipynb #6c49828c
 def _copies(looks, files):
     "Leaks from validation pictures, exact copies, near copies"
     label,valid,labeled = files.class_of,set(files.valid),set(files.labeled)
@@ -90,13 +92,13 @@ def _copies(looks, files):
             note = ('near copies' if kind=='near_copies' else 'same pixels')+': '+', '.join(('val','train','unlabelled')[r] for r in roles)+(f"; under {len(labels)} labels: {', '.join(map(printable, labels))}" if len(labels)>1 else '')
             rows[k].append((ps, note))
             out[k] += [p for p,r in zip(ps[len(labels)<2:], roles[len(labels)<2:]) if r>0]
-    n = lambda k: f'{len(rows[k]):,} groups, {len(out[k]):,} files to leave out'
+    n = lambda k: f"{_n(len(rows[k]),'group')}, {_n(len(out[k]),'file')} to leave out"
     limit = '' if bits==8 else f'; these pictures look so much alike that only hashes within {bits} bits count'
     return [Finding('leaks', 'Copies of validation pictures', 'A validation picture that is also trained on, as another file: the accuracy is too good.', n('leaks'), rows['leaks'], out['leaks']),
             Finding('copies', 'Exact copies', 'Different files with the same pixels, which count twice.', n('copies'), rows['copies'], out['copies']),
             Finding('near_copies', 'Near copies', 'The same photograph saved, sized, cut or coloured a little differently. Look at them: a few are only alike.', n('near_copies')+limit, rows['near_copies'], out['near_copies'])]
 
-# %% ../nbs/15a_doctor.ipynb #e2bab9a3
+# %% ../nbs/15a_doctor.ipynb #d953e883
 def ask_network(
     learn:Learner, # Trained; with its `RotationPretext` attached the views are asked as well
     files, # Pictures that can be read
@@ -144,7 +146,7 @@ def _by_network(learn, files, broken, num_workers):
     return res+[Finding('sideways', 'Probably on their side', 'In all four views the head is sure of another turn than the one it is stored in: look at them and turn the files.', f'{len(side):,} {of}', [([other[i]], f'by {90*turns[i].argmax().item()}°, {turns[i].max():.0%} sure') for i in side]),
                 Finding('untellable', "Rotation can't be told", 'The head does no better on its four views than guessing: such a picture teaches little by being turned.', f'{len(none):,} {of}', [([other[i]], f'{turns[i,0]:.0%} for the right turn') for i in none])]
 
-# %% ../nbs/15a_doctor.ipynb #f1cfb6e2
+# %% ../nbs/15a_doctor.ipynb #f4ba3f5b
 def doctor(
     path:str|Path, # A folder, or an archive of one, as for `PairedDataLoaders.from_folder`
     train:str='train', # Folder of labelled images, one folder a class

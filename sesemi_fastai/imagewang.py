@@ -66,8 +66,8 @@ def plan(
     learn = cfg.learner(dls)
     secs = seconds_per_step(learn) + (seconds_per_step(learn, True) if twin else 0)
     total,c = n*cfg.epochs,counts(dls)
-    lines = [f"Data       {cfg.dataset}: {dls.path}",
-             f"Classes    {len(dls.vocab)}: {', '.join(dls.vocab)}"]
+    lines = [f"Data       {printable(cfg.dataset)}: {printable(dls.path)}",
+             f"Classes    {len(dls.vocab)}: {', '.join(map(printable, dls.vocab))}"]
     if files.left_out: lines.append(f"Left out   {len(files.left_out)} folders of train ({sum(files.left_out.values()):,} images) that are no class of val; they stay on disk")
     if bad: lines.append(f"Bad        {len(bad)} pictures can't be read and are left out: "+', '.join(f'{printable(p)} ({w})' for p,w in bad[:5])+', …'*(len(bad)>5))
     lines += [f"Images     {c['labeled']:,} labelled, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation",
