@@ -24,5 +24,8 @@ from .checkpoint import *
 from .resume import *
 from .run import *
 from .imagewang import *
+from .copies import *
+from .doctor import *
+from .doctor_report import *
 
 __all__ = [o for o in globals() if not o.startswith('_')]   # this room has no names of its own

@@ -167,6 +167,12 @@ def after_train(self:RotationPretext):
     if ddp is not None: ddp.require_forward_param_sync = True   # the next forward pass begins with the first process's BatchNorm buffers
 
 @patch
+def after_fit(self:RotationPretext):
+    "Say which pictures couldn't be read, where they are skipped"
+    bad = getattr(getattr(self.dls, 'unlabeled', None), 'bad', None)
+    if bad is not None and (news := bad.news()): print(news)
+
+@patch
 def after_cancel_train(self:RotationPretext):
     "Close it after a cancelled epoch as well"
     self._it = None

@@ -12,6 +12,7 @@ import json,csv,subprocess
 import sesemi_fastai
 from fastai.callback.progress import CSVLogger
 from fastprogress.fastprogress import format_time
+from .images import *
 from .streams import *
 from .distributed import *
 from .data import *
@@ -41,6 +42,8 @@ class RunConfig:
     num_workers:int=None        # Worker processes; changes no result
     store:str=None              # Folder of decoded pictures, for recipes that keep them; 'none' decodes each time; changes no result
     bn_groups:int=None          # Parts of a batch that BatchNorm normalises apart, see `BatchNormGroups`; one for each process by default
+    exclude:str=None            # A JSON file that lists files to leave out
+    on_bad_image:str='error'    # 'error', or 'skip' to train without pictures that can't be read
 
     @property
     def processes(self): return max(1, num_distrib())
@@ -50,7 +53,7 @@ class RunConfig:
         if self.unlabeled_bs%self.processes: raise ValueError(f"unlabeled_bs={self.unlabeled_bs} can't be shared by {self.processes} processes: use a multiple of their number.")
         return PairedDataLoaders.from_folder(self.data, unlabeled=('train','val','unsup') if self.val_in_pool else ('train','unsup'), size=self.size,
             unlabeled_bs=self.unlabeled_bs//self.processes, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False,
-            store=False if self.store=='none' else self.store)
+            store=False if self.store=='none' else self.store, exclude=self.exclude or (), on_bad_image=self.on_bad_image)
 
     def settings(self, twin=False):
         "What makes it the same run, wherever its files are"
@@ -123,7 +126,7 @@ def train_run(
     lrs,losses,acc = learn.recorder.hps['lr'],learn.recorder.losses,learn.recorder.values[-1][2]
     if cfg.processes>1: acc = learn.validate()[1]   # each image once, where the epoch's share was filled up
     res = asdict(cfg)|dict(accuracy=100*acc, steps=n*cfg.epochs, steps_per_epoch=n, twin=twin, bs=bs, processes=cfg.processes,
-        image_passes=n*cfg.epochs*(bs+(0 if twin else 4*cfg.unlabeled_bs)), counts=counts(dls), seconds=round(saver.seconds, 1), versions=versions(), commit=_commit(), settings=cfg.settings(twin))
+        image_passes=n*cfg.epochs*(bs+(0 if twin else 4*cfg.unlabeled_bs)), counts=counts(dls), bad_images=[(printable(p),w) for p,w in dls.bad_images], seconds=round(saver.seconds, 1), versions=versions(), commit=_commit(), settings=cfg.settings(twin))
     if not main: return res
     torch.save({k:v.cpu() for k,v in learn.model.state_dict().items()}, folder/'model.pth')
     with open(folder/'steps.csv','w',newline='') as f:

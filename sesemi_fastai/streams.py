@@ -9,6 +9,7 @@ __all__ = ['random_key', 'seeded', 'epoch_draws', 'StreamDL']
 from fastai.vision.all import *
 from fastai.data.load import _FakeLoader
 import hashlib
+from .images import *
 
 # %% ../nbs/03_streams.ipynb #ec3382a0
 def random_key(
@@ -64,14 +65,15 @@ class StreamDL(TfmdDL):
                  n_steps:int=None, # Batches in an epoch; one pass by default
                  epoch:int=0, # The epoch that comes next
                  n_skip:int=0, # Batches of it to leave out, once
+                 bad:BadImages=None, # Where a picture that can't be read is noted, and another takes its place; an error by default
                  **kwargs):
-        self.seed,self.stream,self.n_steps,self.epoch,self.n_skip = seed,stream,n_steps,epoch,n_skip
+        self.seed,self.stream,self.n_steps,self.epoch,self.n_skip,self.bad = seed,stream,n_steps,epoch,n_skip,bad
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
         self.fake_l.__class__ = _OwnSeed
 
     def __len__(self): return super().__len__() if not self.shuffle else ifnone(self.n_steps, self.n//self.bs)
     def new(self, dataset=None, cls=None, **kwargs):
-        own = {} if cls and not issubclass(cls, StreamDL) else dict(seed=self.seed, stream=self.stream, n_steps=self.n_steps, epoch=self.epoch)
+        own = {} if cls and not issubclass(cls, StreamDL) else dict(seed=self.seed, stream=self.stream, n_steps=self.n_steps, epoch=self.epoch, bad=self.bad)
         return super().new(dataset, cls, **merge(own, kwargs))
 
     def get_idxs(self):
@@ -90,7 +92,13 @@ class StreamDL(TfmdDL):
 
     def do_item(self, s):
         if not self.shuffle: return super().do_item(s)
-        with seeded(random_key(self.seed, self.stream, s)): return super().do_item(s%self.n if s else 0)
+        for i in range(20):
+            key = random_key(self.seed, self.stream, s, *[i]*(i>0))
+            try:
+                with seeded(key): return super().do_item((key if i else s)%self.n if s is not None else 0)
+            except BadImageError as e:
+                if self.bad is None or i==19: raise
+                self.bad.add(e)
 
     def one_batch(self):
         "A look at the next batch, which doesn't use up an epoch"
