@@ -158,13 +158,19 @@ def before_train(self:RotationPretext):
         if ddp.find_unused_parameters: raise ValueError("RotationPretext can't be used with find_unused_parameters=True, which takes the pretext head for unused because it runs outside the distributed forward pass: leave it at False.")
         ddp.require_backward_grad_sync = self.backward=='joint'   # sequential: by `_average_grads`
     if self.epoch==0: self.objective.batch(_sample(getattr(dl,'dl',dl)))   # a batch it can't use is an error before the first step
-    self._it,self._sums = iter(dl),[0.,0.,0]
+    self._it,self.pretext_sums,self.n_taken = iter(dl),[0.,0.,0],0
 
 @patch
 def after_train(self:RotationPretext):
     "Close the unlabelled loader"
     self._it,ddp = None,_ddp(self.learn)
     if ddp is not None: ddp.require_forward_param_sync = True   # the next forward pass begins with the first process's BatchNorm buffers
+
+@patch
+def after_fit(self:RotationPretext):
+    "Say which pictures couldn't be read, where they are skipped"
+    bad = getattr(getattr(self.dls, 'unlabeled', None), 'bad', None)
+    if bad is not None and (news := bad.news()): print(news)
 
 @patch
 def after_cancel_train(self:RotationPretext):
@@ -176,8 +182,9 @@ def next_unlabeled(self:RotationPretext)->Tensor: # `(B,C,H,W)`
     "The next unlabelled batch; the loader starts over where it ends before the labelled one"
     b = next(self._it, None)
     if b is None:
-        self._it = iter(_unlabeled_dl(self.learn)); b = next(self._it, None)
+        self._it,self.n_taken = iter(_unlabeled_dl(self.learn)),0; b = next(self._it, None)
     assert b is not None, "The unlabelled loader gave no batch: it needs at least unlabeled_bs images."
+    self.n_taken += 1
     return b[0].as_subclass(Tensor).to(self.pretext_head.weight.device)
 
 # %% ../nbs/07_callback.ipynb #43befead
@@ -188,7 +195,7 @@ def pretext_loss(self:RotationPretext)->Tensor: # A scalar, with its graph
     logits = self.pretext_head(self.tap(get_model(self.learn.model), inp))
     loss = self.objective.loss(logits, targ)
     n = len(targ)
-    for i,o in enumerate((loss.detach()*n, (logits.argmax(1)==targ).float().sum(), n)): self._sums[i] += o
+    for i,o in enumerate((loss.detach()*n, (logits.argmax(1)==targ).float().sum(), n)): self.pretext_sums[i] += o
     self._last_loss = loss.detach()
     return loss
 
@@ -227,6 +234,6 @@ def after_batch(self:RotationPretext):
 @patch
 def after_epoch(self:RotationPretext):
     "Hand the epoch's mean loss and accuracy to the Recorder, before it keeps its values"
-    sums,self._sums = getattr(self,'_sums',None),None
+    sums,self.pretext_sums = getattr(self,'pretext_sums',None),None
     if sums is None or not hasattr(self.learn,'recorder'): return
     self.recorder.log += [float(self.learn.to_detach(o))/sums[2] if sums[2] else None for o in sums[:2]]   # over all processes

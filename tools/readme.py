@@ -1,4 +1,4 @@
-"Write what is generated: README.md from nbs/index.ipynb, and the table of Learner features from the tests; `--check` only compares"
+"Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings of tests; `--check` only compares"
 import ast,re,sys
 from pathlib import Path
 import nbformat
@@ -17,24 +17,28 @@ def render():
     text = '\n\n'.join(parts)+'\n'
     return re.sub(r'\]\(images/', '](nbs/images/', text)
 
-def table():
-    "A row for each test of the matrix, and of several processes: its docstring up to the colon, the rest, its name"
-    rows = ['| with | what is checked | test |','| --- | --- | --- |']
-    for o in sum((ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body for nm in ('matrix','distributed')), []):
+# Page: the tests it shows, and what its first two columns are called
+pages = {'learner_features': (('matrix','distributed'), 'with', 'what is checked'), 'hard_cases': (('hard_cases',), 'data', 'outcome')}
+
+def table(tests, what, checked):
+    "A row for each test of some files: its docstring up to the first colon, the rest, its name"
+    rows = [f'| {what} | {checked} | test |','| --- | --- | --- |']
+    for o in sum((ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body for nm in tests), []):
         if not (isinstance(o, ast.FunctionDef) and o.name.startswith('test_')): continue
         what,_,checked = ast.get_docstring(o).partition(': ')
         rows.append(f'| {what} | {checked} | `{o.name}` |')
     return '\n'.join(rows)
 
-def with_table(text):
+def with_table(text, *args):
     "The notebook's source with the table between its two marks"
     nb = nbformat.reads(text, 4)
     for c in nb.cells:
-        if '<!-- matrix -->' in c.source: c.source = '<!-- matrix -->\n'+table()+'\n<!-- end -->'
+        if '<!-- table -->' in c.source: c.source = '<!-- table -->\n'+table(*args)+'\n<!-- end -->'
     return nbformat.writes(nb, 4)+'\n'
 
 if __name__=='__main__':
-    index,page = root/'README.md',root/'nbs/learner_features.ipynb'
-    for path,text in ((index, render()), (page, with_table(page.read_text(encoding='utf-8')))):
+    texts = {root/'README.md': render()}
+    for name,args in pages.items(): texts[page] = with_table((page := root/f'nbs/{name}.ipynb').read_text(encoding='utf-8'), *args)
+    for path,text in texts.items():
         if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
         elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit(f'{path.name} differs from what it is made from: run `make prepare`.')
