@@ -8,7 +8,9 @@ __all__ = []
 # %% ../nbs/17_all.ipynb #d635e3fa
 from .images import *
 from .augment import *
+from .store import *
 from .streams import *
+from .distributed import *
 from .data import *
 from .objectives import *
 from .features import *
@@ -18,6 +20,8 @@ from .optimizer import *
 from .schedule import *
 from .learner import *
 from .report import *
+from .checkpoint import *
+from .resume import *
 from .run import *
 from .imagewang import *
 from .copies import *

@@ -9,14 +9,17 @@ __all__ = ['get_data', 'seconds_per_step', 'plan', 'new_out', 'train_all', 'sese
 from fastai.vision.all import *
 from fastcore.docments import docments
 import argparse
+from contextlib import redirect_stdout,nullcontext
 from dataclasses import replace
 from fastprogress.fastprogress import format_time
-import sesemi_fastai,statistics
+import sesemi_fastai,statistics,shlex
 from .images import *
 from .augment import *
+from .distributed import *
 from .data import *
 from .learner import *
 from .run import *
+from .resume import TrainingStopped
 from .report import *
 
 # %% ../nbs/16_imagewang.ipynb #834f177c
@@ -41,7 +44,8 @@ def seconds_per_step(
 )->float:
     "Measured seconds of a training step with its data, on a copy of the model"
     dls,model = learn.dls,deepcopy(learn.model).to(learn.dls.device).train()
-    bf16 = any(isinstance(o, BFloat16) for o in learn.cbs)
+    bf16,channels_last = (any(isinstance(o, t) for o in learn.cbs) for t in (BFloat16,ChannelsLast))
+    if channels_last: model = model.to(memory_format=torch.channels_last)
     start,xb,yb = time.time(),*dls.train.one_batch()
     ub = None if twin else dls.unlabeled.one_batch()[0]
     load,times = time.time()-start,[]
@@ -61,7 +65,7 @@ def plan(
     twin:bool=False # Each with a supervised twin
 )->str:
     "What will be trained, in words and numbers"
-    n,ubs,bs = len(dls.train),dls.unlabeled.bs,dls.train.bs
+    n,ubs,bs = dls.steps_per_epoch(cfg.processes),cfg.unlabeled_bs,dls.train.bs*cfg.processes
     files,bad = split_folder(cfg.data),dls.bad_images
     learn = cfg.learner(dls)
     secs = seconds_per_step(learn) + (seconds_per_step(learn, True) if twin else 0)
@@ -71,8 +75,8 @@ def plan(
     if files.left_out: lines.append(f"Left out   {len(files.left_out)} folders of train ({sum(files.left_out.values()):,} images) that are no class of val; they stay on disk")
     if bad: lines.append(f"Bad        {len(bad)} pictures can't be read and are left out: "+', '.join(f'{printable(p)} ({w})' for p,w in bad[:5])+', …'*(len(bad)>5))
     lines += [f"Images     {c['labeled']:,} labelled, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation",
-              f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {'bfloat16' if cfg.bf16 else 'float32'} on {dls.device}",
-              f"A step     {bs} labelled images and {ubs} unlabelled in 4 rotations",
+              f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {formats(learn)}",
+              f"A step     {bs} labelled images and {ubs} unlabelled in 4 rotations{f', over {cfg.processes} processes' if cfg.processes>1 else ''}",
               f"A run      {cfg.epochs} epochs of {n:,} steps = {total:,} steps, {total*(bs+4*ubs):,} image passes; each labelled image is seen {total*bs/c['labeled']:,.0f} times",
               f"Runs       {runs}{', each with a supervised twin of as many steps' if twin else ''}, from seed {cfg.seed}",
               f"Time       about {format_time(secs*total*runs)} here, validation not counted"]
@@ -80,12 +84,13 @@ def plan(
 
 # %% ../nbs/16_imagewang.ipynb #65b17d1d
 def new_out(
-    out:str|Path # Folder for results
+    out:str|Path, # Folder for results
+    resume:bool=False # Whether it may hold runs already
 )->Path:
-    "`out`, made if need be; raises where it can't be written or holds runs, which are never overwritten"
+    "`out`, made if need be; raises where it can't be written, or holds runs, which are never overwritten"
     out = Path(out)
     if out.exists() and not out.is_dir(): raise FileExistsError(f"--out {out} is a file: name a folder.")
-    if [*out.glob('run-*'), *out.glob('twin-*')]: raise FileExistsError(f"--out {out} holds runs already, which are never overwritten: name another folder, or use --report to rebuild their report.")
+    if not resume and [*out.glob('run-*'), *out.glob('twin-*')]: raise FileExistsError(f"--out {out} holds runs already, which are never overwritten: name another folder, go on with --resume, or use --report to rebuild their report.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out): pass
@@ -94,17 +99,18 @@ def new_out(
 
 def train_all(
     cfg:RunConfig, # The first run; those that follow have the next seeds
-    out:Path, # An empty folder
+    out:Path, # Folder of the results
     runs:int=1, # How many
     twin:bool=False, # Each with a supervised twin
-    plain:bool=False # Lines instead of progress bars
+    **kwargs # For `train_run`
 ):
-    "Train `runs` runs into `out`"
+    "Train `runs` runs into `out`, but for those that are finished"
     for i in range(runs):
         c = replace(cfg, seed=cfg.seed+i)
         for kind in ['run','twin'][:1+twin]:
+            if finished(c, out/f'{kind}-{c.seed}', kind=='twin'): print(f"\n{kind}-{c.seed}: finished already"); continue
             print(f"\n{kind}-{c.seed}: {'SESEMI' if kind=='run' else 'supervised twin'}, seed {c.seed}", flush=True)
-            r = train_run(c, out/f'{kind}-{c.seed}', twin=kind=='twin', plain=plain)
+            r = train_run(c, out/f'{kind}-{c.seed}', twin=kind=='twin', **kwargs)
             print(f"{kind}-{c.seed}: accuracy {r['accuracy']:.2f} % after {format_time(r['seconds'])}", flush=True)
             if r['bad_images']: print(f"{len(r['bad_images'])} pictures couldn't be read, see bad_images in {out/f'{kind}-{c.seed}'/'results.json'}", flush=True)
 
@@ -119,35 +125,47 @@ def sesemi_imagewang(
     seed:int=0, # Seed of the first run
     lr:float=None, # Highest learning rate [0.1; sample 0.05]
     warmup_epochs:float=None, # Epochs of warm-up [the smaller of 10 and an eighth of the epochs]
-    recipe:str='reference', # Augmentation
+    recipe:str='reference', # reference, or fast: pictures decoded once, augmented in batches, in the formats the hardware is fast in
+    store:str=None, # Folder for decoded pictures of the fast recipe, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     num_workers:int=None, # Worker processes; changes no result
+    bn_groups:int=None, # Parts of a batch that BatchNorm normalises apart, 2 in the published runs [one for each process]
     exclude:str=None, # A JSON file that lists files to leave out, such as sesemi_doctor writes
     on_bad_image:str='error', # A picture that can't be read: error, or skip to train without it
     twin:bool=False, # Beside each run a supervised one of as many steps; always for the sample
     out:str=None, # Folder of the results [runs/<data>-<time>]
+    resume:bool=False, # Go on with the runs in --out where they were cut
+    save_every:str='10 minutes', # How often to save what it takes to resume: a number of steps, '2 epochs', '10 minutes'
     link:str=None, # Address of the code at an exact commit, for the leaderboard row
     report:bool=False, # Train nothing, rebuild the report of the runs in --out
 ):
     "Train SESEMI on Imagewang, or on data of its shape, and report as fastai's leaderboard asks"
+    args = dict(locals())
     if report: return print(write_report(out or '.', link))
-    given = dict(size=size, epochs=epochs, arch=arch, unlabeled_bs=unlabeled_bs, lr=lr, warmup_epochs=warmup_epochs, steps=steps, num_workers=num_workers)
+    if resume and not out: raise ValueError("--resume needs --out: name the folder of the runs to go on with.")
+    given = dict(size=size, epochs=epochs, arch=arch, unlabeled_bs=unlabeled_bs, lr=lr, warmup_epochs=warmup_epochs, steps=steps, num_workers=num_workers, store=store, bn_groups=bn_groups)
     given = {k:v for k,v in given.items() if v is not None}
     for k,v in dict(given, runs=runs).items():
-        if k in ('size','epochs','unlabeled_bs','steps','runs') and v<1: raise ValueError(f"--{k} {v} must be 1 or more.")
+        if k in ('size','epochs','unlabeled_bs','steps','runs','bn_groups') and v<1: raise ValueError(f"--{k} {v} must be 1 or more.")
     get_arch(given.get('arch', 'resnet50'))
-    path,twin = get_data(data),twin or data=='sample'
+    path,twin = local_first(get_data, data),twin or data=='sample'
     cfg = RunConfig(str(path), data if data in ('sample',*_urls) else Path(data).name, seed=seed, recipe=recipe, val_in_pool=not no_val, bf16=bf16, exclude=exclude, on_bad_image=on_bad_image,
                     **{**(_sample_defaults if data=='sample' else _defaults), **given})
-    out = new_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = from_rank0(lambda: new_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
     dls = cfg.dls()
-    print(plan(cfg, dls, runs, twin), f"Results    {out}", sep='\n', flush=True)
-    train_all(cfg, out, runs, twin, plain=not (sys.stdout.isatty() or IN_NOTEBOOK))
-    print('\n'+write_report(out, link)+f'\nPictures, weights and histories: {out}')
+    if not rank_distrib(): print(plan(cfg, dls, runs, twin), f"Results    {out}", sep='\n', flush=True)
+    train_all(cfg, out, runs, twin, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=save_every, command=_command(sesemi_imagewang, args|dict(out=str(out), resume=True)))
+    if not rank_distrib(): print('\n'+write_report(out, link)+f'\nPictures, weights and histories: {out}')
 
 # %% ../nbs/16_imagewang.ipynb #0d760ede
+def _command(f, args):
+    "The command with these arguments of `f`"
+    given = {k:v for k,v in args.items() if v!=inspect.signature(f).parameters[k].default}
+    opts = [[f'--{k}'] if v is True else [f'--{k}',str(v)] for k,v in given.items() if k!='data']
+    return shlex.join([f.__name__, args['data'], *sum(opts, [])])
+
 def _parser(f):
     "Command-line options from the signature and docments of `f`"
     p = argparse.ArgumentParser(f.__name__, description=f.__doc__)
@@ -162,11 +180,14 @@ def run_command(
     f, # A function whose parameters are the options
     args=None # The command line; that of the process by default
 ):
-    "Call `f` as a command; a mistake in its input is one sentence and exit status 2"
-    try: f(**vars(_parser(f).parse_args(args)))
-    except (ValueError, OSError) as e:
-        print(f'{f.__name__}: {printable(e)}', file=sys.stderr)
-        sys.exit(2)
+    "Call `f` as a command; a mistake in its input is one sentence and exit status 2, a stop by a signal 128 and its number"
+    args = vars(_parser(f).parse_args(args))
+    say = lambda e: print(f'{f.__name__}: {printable(e)}', file=sys.stderr)
+    try:
+        with redirect_stdout(open(os.devnull,'w')) if rank_distrib() else nullcontext(): f(**args)   # the first process speaks for all
+    except TrainingStopped as e: say(e); sys.exit(128+e.signal)
+    except (ValueError, OSError, ImportError) as e: say(e); sys.exit(2)
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 def main(args=None):
     "The command `sesemi_imagewang`"

@@ -7,6 +7,7 @@ __all__ = ['random_key', 'seeded', 'epoch_draws', 'StreamDL']
 
 # %% ../nbs/03_streams.ipynb #3f0c52aa
 from fastai.vision.all import *
+from fastai.data.load import _FakeLoader
 import hashlib
 from .images import *
 
@@ -52,6 +53,10 @@ def epoch_draws(
     return np.concatenate(res).tolist()
 
 # %% ../nbs/03_streams.ipynb #42173ffa
+class _OwnSeed(_FakeLoader):
+    "With a generator that isn't torch's own, from which to begin an epoch would draw a number; made anew, since workers can't be sent one"
+    generator = property(lambda self: torch.Generator().manual_seed(getattr(self.d,'dl',self.d).seed))
+
 class StreamDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation are functions of `(seed, stream, epoch)`; an epoch has `n_steps` batches"
     def __init__(self, dataset, bs:int=64, shuffle:bool=True, # As for `TfmdDL`
@@ -59,10 +64,12 @@ class StreamDL(TfmdDL):
                  stream:str='labeled', # Its name, which keeps its randomness apart from the other stream's
                  n_steps:int=None, # Batches in an epoch; one pass by default
                  epoch:int=0, # The epoch that comes next
+                 n_skip:int=0, # Batches of it to leave out, once
                  bad:BadImages=None, # Where a picture that can't be read is noted, and another takes its place; an error by default
                  **kwargs):
-        self.seed,self.stream,self.n_steps,self.epoch,self.bad = seed,stream,n_steps,epoch,bad
+        self.seed,self.stream,self.n_steps,self.epoch,self.n_skip,self.bad = seed,stream,n_steps,epoch,n_skip,bad
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
+        self.fake_l.__class__ = _OwnSeed
 
     def __len__(self): return super().__len__() if not self.shuffle else ifnone(self.n_steps, self.n//self.bs)
     def new(self, dataset=None, cls=None, **kwargs):
@@ -70,9 +77,18 @@ class StreamDL(TfmdDL):
         return super().new(dataset, cls, **merge(own, kwargs))
 
     def get_idxs(self):
-        if not self.shuffle: return super().get_idxs()
+        return self.draws(len(self)) if self.shuffle else super().get_idxs()
+
+    def draws(self,
+        n_steps:int, # Batches in the epoch
+        rank:int=0, # Which of the processes that share the stream
+        world:int=1 # How many they are
+    )->list: # `n_steps*bs` draws
+        "Draws of the next epoch, but for the batches to leave out: of each batch of `world*bs` images the `rank`-th part, as `torch.chunk` cuts it"
+        skip,self.n_skip = self.n_skip*self.bs,0
         self.epoch += 1
-        return epoch_draws(self.n, self.bs, len(self), self.epoch-1, self.seed, self.stream)
+        res = epoch_draws(self.n, self.bs*world, n_steps, self.epoch-1, self.seed, self.stream)
+        return np.array(res).reshape(n_steps, world, self.bs)[:,rank].flatten()[skip:].tolist()
 
     def do_item(self, s):
         if not self.shuffle: return super().do_item(s)

@@ -1,0 +1,93 @@
+"The fast recipe: the same pictures from a store, in every feature of a Learner"
+import json,os,shutil,subprocess,sys,warnings
+from functools import partial
+import numpy as np,pytest,torch
+from PIL import Image
+from torchvision.models import resnet18
+from fastai.vision.all import PILImage,accuracy
+from sesemi_fastai.all import *
+
+def paired(folder, recipe='fast', **kw):
+    kw.setdefault('store', folder.parent/'store')
+    return PairedDataLoaders.from_folder(folder, recipe=recipe, **(dict(size=32, unlabeled_bs=4, bs=8, num_workers=0, seed=0)|kw))
+
+def quiet(learn, f, *args, **kw):
+    with learn.no_bar(), learn.no_logging(): return getattr(learn, f)(*args, **kw)
+
+@pytest.fixture
+def learn(folder):
+    torch.manual_seed(0)
+    res = sesemi_learner(paired(folder), resnet10, metrics=accuracy)
+    quiet(res, 'fit_poly_warmup', 1, .01, cbs=RotationPretext())
+    return res
+
+def test_validation_pictures_are_the_references(folder):
+    "To the bit, whatever the shape of the picture and the way it lies"
+    rng = np.random.default_rng(1)
+    for i,(h,w) in enumerate(((33,200),(120,41),(20,20),(37,37))): Image.fromarray(rng.integers(0,256,(h,w,3),dtype=np.uint8)).save(folder/f'val/a/{i}.png')
+    im = Image.open(folder/'val/b/0.png'); exif = im.getexif(); exif[0x0112] = 6; im.convert('RGB').save(folder/'val/b/turned.jpg', exif=exif)
+    Image.fromarray(rng.integers(0,65536,(50,40),dtype=np.uint16)).save(folder/'val/b/deep.png')
+    fast,ref = (next(iter(paired(folder, o, val_bs=10).valid)) for o in ('fast','reference'))
+    assert torch.equal(fast[0], ref[0]) and torch.equal(fast[1], ref[1])
+
+def test_training_pictures_are_the_references(folder):
+    "On average over many draws of one picture, as the two recipes draw different numbers"
+    for o in (folder/'train/a').iterdir(): o.unlink()
+    y,x = np.mgrid[:73,:73]; Image.fromarray(np.stack([x*3,y*3,(x+y)*1.5],-1).astype(np.uint8)).save(folder/'train/a/0.png')
+    def stats(recipe):
+        dl = paired(folder, recipe, size=64, bs=1, unlabeled_bs=1, n_steps=1).train
+        pics = torch.stack([dl.after_batch(dl.do_batch([dl.do_item(9*d)]))[0][0] for d in range(500)])   # item 0 of 9, pass d
+        return pics.mean((2,3)).mean(0),pics.mean((2,3)).std(0),pics.std((2,3)).mean(0)
+    for a,b in zip(stats('fast'), stats('reference')): assert (a-b).abs().max()<.1, (a,b)
+
+def test_bits_do_not_depend_on_workers_or_store(folder):
+    def epoch(**kw):
+        dls = paired(folder, **kw)
+        return [b for dl in (dls.train,dls.unlabeled) for _ in range(2) for b in dl]
+    first = epoch()
+    for kw in (dict(num_workers=1),dict(num_workers=2),dict(store=False)):
+        for a,b in zip(first, epoch(**kw), strict=True): assert all(map(torch.equal, a, b))
+    assert not torch.equal(first[0][0], epoch(seed=1)[0][0])
+
+def test_second_epoch_can_be_reached_without_the_first(folder):
+    a,b = paired(folder).train,paired(folder).train
+    list(a); b.epoch = 1
+    for x,y in zip(a, b, strict=True): assert all(map(torch.equal, x, y))
+
+def test_looking_at_it(learn, folder):
+    learn.dls.show_batch(); learn.dls.unlabeled.show_batch(); learn.show_results()
+    shown = learn.dls.valid.decode(learn.dls.valid.one_batch())[0][0]
+    want = get_recipe('reference', 32).valid(load_image(learn.dls.valid.items[0]))
+    assert (shown-want).abs().max()<1e-5
+
+def test_predictions(learn, folder):
+    files = [learn.dls.valid.items[i] for i in range(8)]
+    preds,targs = quiet(learn, 'get_preds')
+    assert [learn.dls.vocab[t] for t in targs]==[f.parent.name for f in files]
+    assert len(quiet(learn, 'get_preds', ds_idx=0)[0])==16
+    one = torch.stack([quiet(learn, 'predict', f)[2] for f in files])
+    assert torch.allclose(one, preds, atol=.02)
+    assert torch.equal(quiet(learn, 'predict', PILImage.create(files[0]))[2], one[0])
+    assert torch.equal(quiet(learn, 'predict', str(files[0]))[2], one[0])
+    new = folder.parent/'new.png'; shutil.copy(files[0], new)
+    assert torch.equal(quiet(learn, 'predict', new)[2], one[0])
+    assert torch.allclose(quiet(learn, 'get_preds', dl=learn.dls.test_dl(files))[0], preds, atol=.02)
+
+def test_export_loads_without_this_package(learn, folder, tmp_path):
+    learn.path = tmp_path; learn.export()
+    image = folder/'val/a/0.png'
+    want = quiet(learn, 'predict', image)[2]
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0]=='sesemi_fastai': raise ImportError(name)
+sys.meta_path.insert(0, Block())
+from fastai.vision.all import *
+learn = load_learner({str(tmp_path/'export.pkl')!r})
+assert [type(o) for o in learn.dls.valid.after_batch.fs]==[Normalize]
+print([*map(float, learn.predict({str(image)!r})[2])])
+"""
+    r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    assert torch.allclose(torch.tensor(json.loads(r.stdout.strip().splitlines()[-1])), want, atol=.02)
