@@ -47,6 +47,10 @@ def test_notebooks_have_ids_and_small_outputs():
 def test_readme_is_the_index():
     r = run(sys.executable, 'tools/readme.py', '--check'); assert r.returncode==0, r.stdout+r.stderr
 
+def test_mutants_apply():
+    import mutants
+    for o in mutants.mutants: mutants.broken(o); mutants.selection(o)
+
 def test_no_errors_by_ruff():
     r = run(sys.executable,'-m','ruff','check','--no-cache','--select','E9,F63,F7,F82','--ignore','F821','sesemi_fastai','tests','tools','setup.py')
     assert r.returncode==0, r.stdout

@@ -1,5 +1,5 @@
-"Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings of tests; `--check` only compares"
-import ast,re,sys
+"Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings and results of tests; `--check` only compares"
+import ast,json,re,sys
 from pathlib import Path
 import nbformat
 
@@ -29,16 +29,24 @@ def table(tests, what, checked):
         rows.append(f'| {what} | {checked} | `{o.name}` |')
     return '\n'.join(rows)
 
-def with_table(text, *args):
+def mutants():
+    "What became of each breakage in the last run of tests/mutants.py"
+    res,code = json.loads((root/'tests/results/mutants.json').read_text(encoding='utf-8')),lambda s: '`` '+' '.join(s.replace('|','\\|').split())+' ``' if s.strip() else 'nothing'
+    n = sum(o['outcome']!='survived' for o in res)
+    return '\n'.join([f"Of {len(res)} breakages {n} were noticed.", '', '| module | instead of | stands | noticed by |', '| --- | --- | --- | --- |',
+        *(f"| {o['module']} | {code(o['old'])} | {code(o['new'])} | "+(f"`{o['by'].split('::')[-1]}`" if o['by'] else f"the time limit" if o['outcome']=='time limit' else f"nothing: {o['why']}")+' |' for o in res)])
+
+def with_table(text, table):
     "The notebook's source with the table between its two marks"
     nb = nbformat.reads(text, 4)
     for c in nb.cells:
-        if '<!-- table -->' in c.source: c.source = '<!-- table -->\n'+table(*args)+'\n<!-- end -->'
+        if '<!-- table -->' in c.source: c.source = '<!-- table -->\n'+table+'\n<!-- end -->'
     return nbformat.writes(nb, 4)+'\n'
 
 if __name__=='__main__':
     texts = {root/'README.md': render()}
-    for name,args in pages.items(): texts[page] = with_table((page := root/f'nbs/{name}.ipynb').read_text(encoding='utf-8'), *args)
+    for name,rows in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants())):
+        page = root/f'nbs/{name}.ipynb'; texts[page] = with_table(page.read_text(encoding='utf-8'), rows)
     for path,text in texts.items():
         if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
         elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit(f'{path.name} differs from what it is made from: run `make prepare`.')
