@@ -37,7 +37,9 @@ def load_image(
     "Read `path` upright and as RGB, whatever its mode; raise `BadImageError` where it can't be read to its end"
     if isinstance(path, Image.Image): return PILImage(_to_rgb(path))
     try:
-        with Image.open(path) as im: return PILImage(_to_rgb(ImageOps.exif_transpose(im)))
+        with Image.open(path) as im:
+            ImageOps.exif_transpose(im, in_place=True)
+            return PILImage(_to_rgb(im))
     except FileNotFoundError: raise BadImageError(path, 'the file is gone') from None
     except UnidentifiedImageError: raise BadImageError(path, 'not an image') from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e: raise BadImageError(path, e) from e
