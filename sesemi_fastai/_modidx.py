@@ -294,6 +294,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'sesemi_fastai/learner.py'),
                                        'sesemi_fastai.learner.BatchNormGroups.before_train': ( 'learner.html#batchnormgroups.before_train',
                                                                                                'sesemi_fastai/learner.py'),
+                                       'sesemi_fastai.learner.BatchNormGroups.learn': ( 'learner.html#batchnormgroups.learn',
+                                                                                        'sesemi_fastai/learner.py'),
                                        'sesemi_fastai.learner.StepSeed': ('learner.html#stepseed', 'sesemi_fastai/learner.py'),
                                        'sesemi_fastai.learner.StepSeed.__init__': ( 'learner.html#stepseed.__init__',
                                                                                     'sesemi_fastai/learner.py'),

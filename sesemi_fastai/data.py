@@ -212,12 +212,12 @@ def from_folder(cls:PairedDataLoaders,
     if not files.unlabeled: raise ValueError(f"{path} holds no unlabelled image in {unlabeled}: name the right folders with unlabeled=(...).")
     if bad is None and rec.side is None: check_images(files.all())
     read = load_image if rec.side is None else open_store(files.all(), files.path, rec.side, store)
-    if verbose and files.left_out: print(f"Left out of {train!r}: {len(files.left_out)} folders ({sum(files.left_out.values()):,} images) that are no class of {valid!r}; they stay on disk.")
+    if verbose and files.left_out and not rank_distrib(): print(f"Left out of {train!r}: {len(files.left_out)} folders ({sum(files.left_out.values()):,} images) that are no class of {valid!r}; they stay on disk.")
     n,splits = len(files.labeled),(range(len(files.labeled)), range(len(files.labeled), len(files.labeled)+len(files.valid)))
     pics = [ReadPicture(read), Picture(rec.train, 0), Picture(rec.valid, 1, rec.plain)]
     dsets = Datasets(files.labeled+files.valid, [pics, [ClassFolder(files.path, (train,valid)), Categorize(vocab=files.vocab)]], splits=splits)
     bs = bs or 4*unlabeled_bs
-    dls = dsets.dataloaders(bs=min(bs,n), val_bs=val_bs or bs, path=files.path, device=device, num_workers=num_workers,
+    dls = dsets.dataloaders(bs=min(bs,n), val_bs=val_bs or bs, path=files.path, device=device, num_workers=_n_workers(num_workers, bs, bs)[0],
                             after_batch=rec.after_batch)
     dls.train.bs = bs
     res = cls.from_dls(dls, files.unlabeled, unlabeled_bs=unlabeled_bs, seed=seed, n_steps=n_steps, num_workers=num_workers, bad=bad)

@@ -105,7 +105,7 @@ def formats(learn:Learner)->str:
 # %% ../nbs/11_learner.ipynb #ae8e1fcb
 class BatchNormGroups(_Ephemeral):
     "While training, BatchNorm normalises each of `n` contiguous parts of a batch on its own; running averages are the first part's"
-    run_valid = False
+    run_valid,_learn = False,None
     def __init__(self,
         n:int=2 # Parts, cut as `torch.chunk` and `DataParallel` do
     ):
@@ -138,6 +138,13 @@ class BatchNormGroups(_Ephemeral):
     def after_fit(self):
         "After a fit that was cancelled as well"
         self.after_train()
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):   # set to None by `remove_cb`, also after an interrupted `fit(cbs=…)`
+        self.after_train()
+        object.__setattr__(self, '_learn', learn)
 
 # %% ../nbs/11_learner.ipynb #69642eb4
 @delegates(Learner.__init__)

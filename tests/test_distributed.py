@@ -136,7 +136,9 @@ def test_get_preds(ranks):
             assert len(p)==n and torch.allclose(rows(p,t), rows(want,y), atol=1e-6)
 
 def test_no_seed(ranks):
-    "two processes, `seed=None`: the first one's seed holds for both"
+    "two processes, `seed=None`: the first one's seed and head hold for both"
+    (s,h),(t,g) = (r['no seed']['own'] for r in ranks); assert s!=t and not torch.equal(h, g)
+    a,b = (r['no seed']['steps'][0]['before']['8.pretext_head.weight'] for r in ranks); assert torch.equal(a, b) and torch.equal(a, h) and ranks[0]['no seed']['seeds'][0]==s
     assert ranks[0]['no seed']['seeds']==ranks[1]['no seed']['seeds'] and len(set(ranks[0]['no seed']['seeds']))==1
 
 def test_loaders_are_given_back(ranks):

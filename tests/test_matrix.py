@@ -323,6 +323,11 @@ def test_batchnorm_groups(make, backward):
     for n,b in groups[0][0].named_buffers(): assert torch.allclose(learn.after[n], b, atol=1e-6), n
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules()) and all(o.track_running_stats for o in learn.model.modules() if isinstance(o, nn.BatchNorm2d))
     learn.export(); assert b'sesemi' not in (learn.path/'export.pkl').read_bytes()
+    class Interrupt(Callback):
+        def before_batch(self): raise KeyboardInterrupt
+    plain = make(pretext=False)
+    with pytest.raises(KeyboardInterrupt): plain.fit(1, .01, cbs=[BatchNormGroups(2), Interrupt()])
+    assert not any(m._forward_hooks for m in plain.model.modules())
 
 def test_vision_learner(dls):
     "`vision_learner`: its head's BatchNorm and Dropout don't see rotated images, its splitter puts the pretext head into the last group, and its freeze keeps the body while both heads learn"

@@ -72,8 +72,8 @@ if __name__=='__main__':
     dls = data(4,2); learn = learner(dls); facts['loaders left'] = fit(learn) and [o is p for o,p in zip(dls.loaders, learn.dls.loaders)]
     facts['loaders left'].append(type(learn.model) is nn.Sequential)
     torch.manual_seed(rank)                                            # of what is drawn with seed=None
-    learn = learner(data(4,2,seed=None,n_valid=7))
-    facts['no seed'] = fit(learn)|dict(seeds=[o.seed for o in learn.dls.loaders[::2]])
+    learn = learner(data(4,2,seed=None,n_valid=7)); own = learn.dls.train.seed,learn.pretext.pretext_head.weight.clone()
+    facts['no seed'] = fit(learn)|dict(own=own, seeds=[o.seed for o in learn.dls.loaders[::2]])
     with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar():
         facts['preds'] = [learn.get_preds(ds_idx=i) for i in range(2)]
     facts['model'] = learn.model.state_dict()

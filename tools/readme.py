@@ -18,12 +18,12 @@ def render():
     return re.sub(r'\]\(images/', '](nbs/images/', text)
 
 # Page: the tests it shows, and what its first two columns are called
-pages = {'learner_features': ('test_matrix', 'with', 'what is checked'), 'hard_cases': ('test_hard_cases', 'data', 'outcome')}
+pages = {'learner_features': (('matrix','distributed'), 'with', 'what is checked'), 'hard_cases': (('hard_cases',), 'data', 'outcome')}
 
 def table(tests, what, checked):
-    "A row for each test of a file: its docstring up to the first colon, the rest, its name"
+    "A row for each test of some files: its docstring up to the first colon, the rest, its name"
     rows = [f'| {what} | {checked} | test |','| --- | --- | --- |']
-    for o in ast.parse((root/f'tests/{tests}.py').read_text(encoding='utf-8')).body:
+    for o in sum((ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body for nm in tests), []):
         if not (isinstance(o, ast.FunctionDef) and o.name.startswith('test_')): continue
         what,_,checked = ast.get_docstring(o).partition(': ')
         rows.append(f'| {what} | {checked} | `{o.name}` |')
