@@ -67,5 +67,5 @@ def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnul
     rec = learn.recorder
     if rank: return
     part = Path(f'{out}.part')
-    torch.save(checkpoint.pack(dict(model=dict(learn.model.state_dict()), opt=opt, preds=preds, values=[list(o) for o in rec.values], losses=rec.losses, hps=dict(rec.hps), lrs=rec.lrs, iters=rec.iters)), part)
+    torch.save(checkpoint.pack_state(dict(model=dict(learn.model.state_dict()), opt=opt, preds=preds, values=[list(o) for o in rec.values], losses=rec.losses, hps=dict(rec.hps), lrs=rec.lrs, iters=rec.iters)), part)
     os.replace(part, out)

@@ -27,7 +27,15 @@ mutants = [
     M('augment', "scale=(.2,1.)", "scale=(.08,1.)", 'augment'),
     M('augment', "v2.RandomHorizontalFlip(), *to_float", "*to_float", 'augment'),
     M('augment', "round(size*256/224)", "round(size*224/256)", 'augment'),
-    M('augment', "gamma:tuple=(.5,1.5)", "gamma:tuple=(.5,1.)", 'augment'),
+    M('augment', "gamma:tuple=(.5,1.5)): #", "gamma:tuple=(.5,1.)): #", 'augment'),
+    M('augment', "if flip: pic = pic.flip(-1)", "if flip: pic = pic.flip(-2)", 'augment test_fast.py'),
+    M('augment', "pixels[i:i+h,j:j+w], gamma, flip", "pixels[i:i+h,j:j+w], 1., flip", 'augment test_fast.py'),
+    M('augment', "scale:tuple=(.2,1.), #", "scale:tuple=(.3,1.), #", 'augment test_fast.py'),
+    M('augment', "torch.arange(256.)*(1/255)", "torch.arange(256.)*(1/256)", 'augment'),
+    M('store', "int((have!=want).sum())", "0", 'store'),
+    M('store', "if zlib.crc32(self._picture(i))!=self.index['crc'][i]: raise", "if False: raise", 'store'),
+    M('store', "long = int(self.side*long/short)", "long = round(self.side*long/short)", 'store test_fast.py'),
+    M('store', "            o += px.nbytes\n", "", 'store'),
     M('streams', "hashlib.blake2b(repr(parts).encode()", "hashlib.blake2b(repr(parts[:2]).encode()", 'streams'),
     M('streams', "np.random.seed(key%2**32); ", "", 'streams'),
     M('streams', "; torch.set_rng_state(states[2])", "", 'streams'),
@@ -44,7 +52,7 @@ mutants = [
     M('data', "stream='unlabeled', num_workers=unw", "stream='labeled', num_workers=unw", 'data objectives'),
     M('data', "n_steps=min(n_steps or len(items), len(items)//ubs)", "n_steps=len(items)//ubs", 'data'),
     M('data', "if os.path.abspath(o) not in skip]", "if os.path.abspath(o) in skip]", 'data'),
-    M('data', "Picture(rec.valid, 1)", "Picture(rec.train, 1)", 'data learner', ),
+    M('data', "Picture(rec.valid, 1, rec.plain)", "Picture(rec.train, 1, rec.plain)", 'data learner'),
     M('objectives', "torch.rot90(x, k, (2,3))", "torch.rot90(x, -k, (2,3))", 'objectives'),
     M('objectives', "for k in range(4)], 1).flatten(0,1)", "for k in range(4)], 0).flatten(0,1)", 'objectives'),
     M('objectives', "torch.arange(4, device=x.device).repeat(len(x))", "torch.arange(4, device=x.device).repeat_interleave(len(x))", 'objectives'),
@@ -60,10 +68,12 @@ mutants = [
     M('callback', ": del cb._host.pretext_head", ": pass", 'callback'),
     M('callback', "for p in ps: state.pop(p, None)", "pass", 'callback test_matrix.py::test_add_and_remove'),
     M('callback', "[p for p in self.pretext_head.parameters() if p not in have]", "list(self.pretext_head.parameters())", 'callback test_matrix.py::test_fit_one_cycle_with_groups'),
-    M('callback', "(logits.argmax(1)==targ).sum()", "(logits.argmin(1)==targ).sum()", 'callback'),
-    M('callback', "self.recorder.log += [float(o)/sums[2] if sums[2] else None", "self.recorder.log += [float(o) if sums[2] else None", 'callback'),
+    M('callback', "(logits.argmax(1)==targ).float()", "(logits.argmin(1)==targ).float()", 'callback'),
+    M('callback', "float(self.learn.to_detach(o))/sums[2] if", "float(self.learn.to_detach(o)) if", 'callback'),
     M('callback', "def __reduce_ex__(self, protocol): return type(None),()", "pass", 'callback test_runs.py::test_export_loads_without_this_package'),
-    M('callback', "if b is None:\n        self._it = iter(", "if False:\n        self._it = iter(", 'callback'),
+    M('callback', "if b is None:\n        self._it,self.n_taken", "if False:\n        self._it,self.n_taken", 'callback'),
+    M('callback', "    torch._foreach_div_(grads, num_distrib())\n", "", 'test_distributed.py::test_gradients'),
+    M('distributed', "self.dl.draws(self.n_steps, self.rank, self.world_size)", "self.dl.draws(self.n_steps, 0, self.world_size)", 'test_distributed.py::test_each_reads_its_own_part'),
     M('show', "(wrong.float()*(1+conf)+(~wrong).float()*(1-conf))", "(wrong.float()*(1-conf)+(~wrong).float()*(1-conf))", 'show'),
     M('show', "finally:\n        dl.epoch = epoch\n", "finally:\n", 'show'),
     M('optimizer', "nesterov=mom>0", "nesterov=False", 'optimizer'),
@@ -75,11 +85,21 @@ mutants = [
     M('schedule', "if pct<w: return", "if pct<=w and w: return", 'schedule', why='the line and the curve meet at pct = w, where both are lr_max'),
     M('learner', "wd_bn_bias:bool=True", "wd_bn_bias:bool=False", 'learner test_parity.py'),
     M('learner', "new = nn.Sequential(nn.Dropout(dropout), new)", "pass", 'learner'),
-    M('learner', "'step', self.epoch, self.iter)", "'step', self.epoch)", 'learner'),
+    M('learner', "'step', self.epoch, self.iter, *filter", "'step', self.epoch, *filter", 'learner'),
     M('learner', "        self.learn.pred = to_float(self.pred)", "        pass", 'learner test_matrix.py::test_bfloat16'),
+    M('learner', "m.track_running_stats = False", "pass", 'learner'),
     M('report', "statistics.stdev(xs)", "statistics.pstdev(xs)", 'report'),
     M('report', "256 if r['size']==224 else r['size']", "r['size']", 'report'),
     M('report', "format(o['accuracy']-t,'+.2f')", "format(t-o['accuracy'],'+.2f')", 'report'),
+    M('checkpoint', "if hashlib.sha256(data[n:]).hexdigest().encode()!=bytes(data[len(_magic):n-1]): raise", "if False: raise", 'checkpoint'),
+    M('checkpoint', "os.replace(part, path)", "path.write_bytes(part.read_bytes()[:99])", 'checkpoint'),
+    M('checkpoint', "set_rng_states(state['rng'])", "pass", 'checkpoint test_resume.py::test_killed_twice'),
+    M('checkpoint', "(epoch+(taken>0),0) if state['step']==len(dl) else (epoch,taken)", "(epoch,taken)", 'checkpoint resume test_resume.py::test_killed_twice'),
+    M('checkpoint', "opt=learn.opt.state_dict()", "opt=dict(state=[], hypers=learn.opt.state_dict()['hypers'])", 'checkpoint resume test_resume.py::test_killed_twice'),
+    M('resume', "enumerate(learn.dl, state['step'])", "enumerate(learn.dl)", 'resume test_resume.py::test_killed_twice'),
+    M('resume', "for o in mine[:-2]", "for o in mine[:-1]", 'resume'),
+    M('resume', "if then.get(k)!=now.get(k)]", "if False]", 'resume'),
+    M('resume', "if self._begun: self.rows.append(list(self.recorder.log))", "pass", 'resume test_resume.py::test_killed_twice'),
     M('run', "learn.recorder.values[-1][2]", "learn.recorder.values[0][2]", 'run test_runs.py::test_command_with_twin'),
     M('run', "L(None if twin else RotationPretext())", "L(RotationPretext())", 'run'),
     M('imagewang', "seed=cfg.seed+i", "seed=cfg.seed", 'test_runs.py::test_command_with_twin'),
@@ -134,10 +154,12 @@ def try_one(m):
 def main(args):
     which = [m for i,m in enumerate(mutants) if not args or m['module'] in args or str(i) in args]
     for m in which: broken(m)     # all apply, before any is tried
-    tests = sorted({t for m in which for t in selection(m)})
-    outcome,by = run(tests)
-    if outcome!='survived': raise SystemExit(f'Without any mutant {by} fails: mend that first.')
-    with ThreadPoolExecutor(os.cpu_count()) as ex: res = list(ex.map(try_one, which))
+    tests,n = sorted({t for m in which for t in selection(m)}),os.cpu_count()
+    with ThreadPoolExecutor(n) as ex:
+        for outcome,by in ex.map(run, [tests[i::n] for i in range(min(n, len(tests)))]):
+            if outcome!='survived': raise SystemExit(f'Without any mutant {by} fails: mend that first.')
+        print(f'Without any mutant all pass; {len(which)} to try', flush=True)
+        res = list(ex.map(try_one, which))
     n = sum(o['outcome'] in ('caught','time limit') for o in res)
     print(f'{n} of {len(res)} caught')
     for o in res:

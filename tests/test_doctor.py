@@ -3,7 +3,7 @@ import io,json,shutil,subprocess,sys
 import numpy as np,pytest
 from PIL import Image,ImageEnhance
 from sesemi_fastai.all import *
-from sesemi_fastai.doctor_report import main
+from sesemi_fastai.doctor_report import doctor_command as main
 
 def command(*args): return subprocess.run([sys.executable,'-W','ignore','-m','sesemi_fastai.doctor_report',*map(str, args)], capture_output=True, text=True)
 

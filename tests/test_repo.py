@@ -1,5 +1,5 @@
 "The repository's parts agree: notebooks and modules, README and index, settings and package"
-import configparser,json,shutil,subprocess,sys,zipfile
+import configparser,json,re,shutil,subprocess,sys,zipfile
 from pathlib import Path
 import pytest
 try: import tomllib
@@ -46,6 +46,14 @@ def test_notebooks_have_ids_and_small_outputs():
 
 def test_readme_is_the_index():
     r = run(sys.executable, 'tools/readme.py', '--check'); assert r.returncode==0, r.stdout+r.stderr
+
+def test_no_name_in_two_rooms():
+    seen = {}
+    for o in sorted((root/'sesemi_fastai').glob('*.py')):
+        if o.stem in ('all','_modidx'): continue
+        for n in re.findall(r"'(\w+)'", re.search(r'__all__ = \[(.*?)\]', o.read_text(), re.S)[1] if '__all__' in o.read_text() else ''):
+            assert n not in seen, f'{n} is in {seen[n]} and in {o.name}: the later one hides the other in sesemi_fastai.all'
+            seen[n] = o.name
 
 def test_mutants_apply():
     import mutants

@@ -3,7 +3,7 @@ import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex
 from pathlib import Path
 import pytest,torch
 from sesemi_fastai.all import *
-from sesemi_fastai.checkpoint import unpack
+from sesemi_fastai.checkpoint import unpack_state
 from sesemi_fastai.imagewang import main
 sys.path.insert(0, str(Path(__file__).parent))
 import killed
@@ -45,7 +45,7 @@ def same(a, b, at=''):
     elif isinstance(a, torch.Tensor): assert a.dtype==b.dtype and torch.equal(a,b), at
     else: assert a==b, at
 
-def load(path): return unpack(torch.load(path, weights_only=True))
+def load(path): return unpack_state(torch.load(path, weights_only=True))
 
 def survive(processes, folder, tmp, moments, kw, **more):
     "Kill a run at each of `moments`, one after the other, let it end, and compare with one that was left alone"

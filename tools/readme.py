@@ -31,6 +31,7 @@ def table(tests, what, checked):
 
 def mutants():
     "What became of each breakage in the last run of tests/mutants.py"
+    if not (root/'tests/results/mutants.json').exists(): return 'Not run yet: `make mutants`.'
     res,code = json.loads((root/'tests/results/mutants.json').read_text(encoding='utf-8')),lambda s: '`` '+' '.join(s.replace('|','\\|').split())+' ``' if s.strip() else 'nothing'
     n = sum(o['outcome']!='survived' for o in res)
     return '\n'.join([f"Of {len(res)} breakages {n} were noticed.", '', '| module | instead of | stands | noticed by |', '| --- | --- | --- | --- |',
