@@ -97,7 +97,7 @@ class Picture(Transform):
     def __init__(self, tfm, split_idx=None, plain=None):
         super().__init__(split_idx=split_idx)
         self.tfm,self.plain = tfm,plain
-    def encodes(self, x): return self.tfm(x)
+    def __call__(self, x, split_idx=None, **kwargs): return self.tfm(x) if self.split_idx in (None,split_idx) else x
 
 class ReadPicture(Picture):
     "A picture by `tfm` from its file, or from one that is open"

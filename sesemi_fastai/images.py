@@ -67,7 +67,9 @@ def load_image(
 )->PILImage: # Upright, 8-bit RGB
     "Read `path` upright and as RGB, whatever its mode; raise `BadImageError` where it can't be read to its end"
     if isinstance(path, Image.Image): return PILImage(_to_rgb(path))
-    with opened(path) as im: return PILImage(_to_rgb(_not_too_long(ImageOps.exif_transpose(im))))
+    with opened(path) as im:
+        ImageOps.exif_transpose(im, in_place=True)
+        return PILImage(_to_rgb(_not_too_long(im)))
 
 # %% ../nbs/00_images.ipynb #16d62973
 _exts = {o for o in image_extensions}

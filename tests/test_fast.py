@@ -57,7 +57,7 @@ def test_second_epoch_can_be_reached_without_the_first(folder):
 def test_looking_at_it(learn, folder):
     learn.dls.show_batch(); learn.dls.unlabeled.show_batch(); learn.show_results()
     shown = learn.dls.valid.decode(learn.dls.valid.one_batch())[0][0]
-    want = get_recipe('reference', 32).valid(load_image(learn.dls.valid.items[0]))
+    want = get_recipe('reference', 32).plain(load_image(learn.dls.valid.items[0]))
     assert (shown-want).abs().max()<1e-5
 
 def test_predictions(learn, folder):

@@ -1,5 +1,5 @@
 "A run that is killed, at any moment, ends as the run that was never stopped: to the bit"
-import itertools,multiprocessing,os,random,shlex,signal,subprocess,sys,time
+import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex,signal,socket,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
 from sesemi_fastai.all import *
@@ -17,12 +17,21 @@ def processes():
     ctx.set_forkserver_preload(['killed'])
     return ctx
 
-def run(processes, *args, **kw):
-    "How the process ended"
-    p = processes.Process(target=killed.train, args=args, kwargs=kw)
-    p.start(); p.join(300)
-    assert p.exitcode is not None, 'the process hangs'
-    return p.exitcode
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+def run(processes, *args, ranks=1, **kw):
+    "How the process ended, or the first of two, of which both are killed when one is"
+    port = free_port() if ranks>1 else None
+    ps = [processes.Process(target=killed.train, args=args, kwargs=kw|dict(rank=r, port=port)) for r in range(ranks)]
+    for p in ps: p.start()
+    multiprocessing.connection.wait([p.sentinel for p in ps], 300)
+    ps[0].join(20)
+    if ps[0].exitcode:
+        for p in ps: p.kill()
+    for p in ps: p.join(60)
+    assert ps[0].exitcode is not None, 'the process hangs'
+    return ps[0].exitcode
 
 def same(a, b, at=''):
     "Whether all of `a` and `b` is equal, to the bit"
@@ -56,6 +65,10 @@ def test_killed_anywhere(processes, folder, tmp_path):
 
 def test_killed_with_workers_and_sequential(processes, folder, tmp_path):
     survive(processes, folder, tmp_path, [('after_batch',8)], dict(num_workers=2), every=3, backward='sequential')
+
+def test_killed_with_two_ranks_and_the_fast_recipe(processes, folder, tmp_path):
+    pytest.importorskip('accelerate')
+    survive(processes, folder, tmp_path, [('before_step',7)], dict(num_workers=0, recipe='fast', store='none'), every=2, ranks=2)
 
 def test_killed_twice(processes, folder, tmp_path):
     "A run that is killed again while it goes on"
@@ -91,10 +104,25 @@ def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
     with pytest.raises(SystemExit): main([*again[1:], '--lr', '.3'])
     assert 'lr was 0.1, now 0.3' in capsys.readouterr().err
 
-CONFIGS = list(itertools.product(('reference',), ('joint','sequential'), (0,2)))
+CONFIGS = list(itertools.product(('reference','fast'), ('joint','sequential'), (0,2), (1,2)))
 @pytest.mark.slow
-@pytest.mark.parametrize('recipe,backward,workers', CONFIGS)
-def test_twenty_random_kills(processes, folder, tmp_path, recipe, backward, workers):
-    rng = random.Random(f'{recipe} {backward} {workers}')
-    moments = [killed.random_moment(rng) for _ in range(20)]
-    survive(processes, folder, tmp_path, moments, dict(num_workers=workers, recipe=recipe), backward=backward, every=rng.choice([1,2,3]))
+@pytest.mark.parametrize('recipe,backward,workers,ranks', CONFIGS)
+def test_many_random_kills(processes, folder, tmp_path, recipe, backward, workers, ranks):
+    "One run after the other, each killed again and again while it goes on, until 20 kills were survived"
+    name = f'{recipe} recipe, {backward} backward, {workers} workers, {ranks} process'+'es'*(ranks>1)
+    rng,log,kills,n = random.Random(name),tmp_path/'log',[],0
+    kw = dict(num_workers=workers, recipe=recipe, store=str(tmp_path/'store'), epochs=3, steps=8)
+    more = dict(backward=backward, ranks=ranks, log=log)
+    assert run(processes, folder, tmp_path/'whole.pt', kw, **more)==0, log.read_text()
+    while len(kills)<20:
+        out,every,code = tmp_path/f'cut{n}.pt',rng.choice([1,2]),None
+        while code!=0:
+            moment = killed.random_moment(rng) if len(kills)<20 else None
+            code = run(processes, folder, out, kw, moment=moment, every=every, **more)
+            assert code in (0,-signal.SIGKILL), (moment,code,log.read_text()[-2000:])
+            if code: kills.append(moment[0])
+        same(load(tmp_path/'whole.pt'), load(out), f'{name} {kills}'); n += 1
+    results = Path(__file__).parent/'results/kills.json'
+    done = json.loads(results.read_text()) if results.exists() else {}
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps(done|{name: dict(runs=n, kills={p:kills.count(p) for p in killed.PLACES})}, indent=1)+'\n')
