@@ -200,6 +200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sesemi_fastai.doctor._classes': ('doctor.html#_classes', 'sesemi_fastai/doctor.py'),
                                       'sesemi_fastai.doctor._copies': ('doctor.html#_copies', 'sesemi_fastai/doctor.py'),
                                       'sesemi_fastai.doctor._n': ('doctor.html#_n', 'sesemi_fastai/doctor.py'),
+                                      'sesemi_fastai.doctor._power': ('doctor.html#_power', 'sesemi_fastai/doctor.py'),
                                       'sesemi_fastai.doctor._singles': ('doctor.html#_singles', 'sesemi_fastai/doctor.py'),
                                       'sesemi_fastai.doctor.ask_network': ('doctor.html#ask_network', 'sesemi_fastai/doctor.py'),
                                       'sesemi_fastai.doctor.doctor': ('doctor.html#doctor', 'sesemi_fastai/doctor.py'),

@@ -128,23 +128,34 @@ def nearest(
     to = F.normalize(to)
     return torch.cat([1-(F.normalize(o)@to.T).max(1)[0] for o in x.split(1024)])
 
+def _power(train, valid, yt, yv, quantile=.95):
+    "Share of a class's validation pictures that are noticed to be of none of the others; None for a single class"
+    res = []
+    for c in yv.unique():
+        if (yt!=c).sum()==0: return None
+        to = train[yt!=c]; reach = nearest(valid[yv!=c], to).quantile(quantile)
+        res.append((nearest(valid[yv==c], to)>reach).float().mean().item())
+    return statistics.mean(res)
+
 def _by_network(learn, files, broken, num_workers):
     "Findings that need a trained network"
     ok = lambda fs: [p for p in fs if p not in broken]
     other = [p for p in ok(files.unlabeled) if p not in {*files.labeled, *files.valid}]
     if not other: return []
     (train,_),(valid,_),(feats,turns) = (ask_network(learn, o, num_workers=num_workers) for o in (ok(files.labeled), ok(files.valid), other))
-    reach,dist = nearest(valid, train).quantile(.95).item(),nearest(feats, train)
+    label = lambda fs: tensor([files.vocab.index(files.class_of(p)) for p in ok(fs)])
+    reach,dist,power = nearest(valid, train).quantile(.95).item(),nearest(feats, train),_power(train, valid, label(files.labeled), label(files.valid))
     far = [i for i in dist.argsort(descending=True).tolist() if dist[i]>reach]
-    share = len(far)/len(other)
-    res = [Finding('foreign', 'Like none of the classes', 'Farther from every labelled picture, in the features of this network, than 95 of 100 validation pictures; 5 of 100 are so by chance.',
-                   f'{len(far):,} of {len(other):,} ({share:.1%}); about {max(0,(share-.05)/.95):.0%} of them more than chance gives', [([other[i]], f'{dist[i]/max(reach,1e-9):.2f} × reach') for i in far])]
+    trust = '' if power is None else f'; of a class without labels this network would notice {power:.0%}'+(', which is too weak to count by' if power<.2 else '')
+    res = [Finding('foreign', 'Like none of the classes', 'Farther from every labelled picture, in the features of this network, than 95 of 100 validation pictures; look at the first ones.',
+                   f'{len(far):,} of {len(other):,} ({len(far)/len(other):.1%}), where 5% are by chance{trust}', [([other[i]], f'{dist[i]/max(reach,1e-9):.2f} × reach') for i in far])]
     if turns is None: return res
     side = [i for i in turns.max(1)[0].argsort(descending=True).tolist() if turns[i,1:].max()>=.8]
-    none = [i for i in turns[:,0].argsort().tolist() if turns[i,0]<=.35 and turns[i,1:].max()<.8]
-    of = f'of {len(other):,}; the head gives the right turn {turns[:,0].mean():.0%} on average'
+    none = [i for i in turns.max(1)[0].argsort().tolist() if turns[i].max()<.5]
+    right = turns[:,0].mean().item()
+    of = f"of {len(other):,}; the head gives the right turn {right:.0%} on average{', which is too weak to go by' if right<.5 else ''}"
     return res+[Finding('sideways', 'Probably on their side', 'In all four views the head is sure of another turn than the one it is stored in: look at them and turn the files.', f'{len(side):,} {of}', [([other[i]], f'by {90*turns[i].argmax().item()}°, {turns[i].max():.0%} sure') for i in side]),
-                Finding('untellable', "Rotation can't be told", 'The head does no better on its four views than guessing: such a picture teaches little by being turned.', f'{len(none):,} {of}', [([other[i]], f'{turns[i,0]:.0%} for the right turn') for i in none])]
+                Finding('untellable', "Rotation can't be told", 'No turn gets half of what the head says of the four views: such a picture teaches little by being turned.', f'{len(none):,} {of}', [([other[i]], f'{turns[i].max():.0%} for the likeliest turn') for i in none])]
 
 # %% ../nbs/15a_doctor.ipynb #f4ba3f5b
 def doctor(
