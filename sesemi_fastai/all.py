@@ -10,6 +10,7 @@ from .images import *
 from .augment import *
 from .store import *
 from .streams import *
+from .distributed import *
 from .data import *
 from .objectives import *
 from .features import *
@@ -19,7 +20,12 @@ from .optimizer import *
 from .schedule import *
 from .learner import *
 from .report import *
+from .checkpoint import *
+from .resume import *
 from .run import *
 from .imagewang import *
+from .copies import *
+from .doctor import *
+from .doctor_report import *
 
 __all__ = [o for o in globals() if not o.startswith('_')]   # this room has no names of its own

@@ -20,7 +20,8 @@ class Tap:
     )->Tensor: # `(B,width)`
         "The features of `x`; layers behind the tap aren't run"
         def hook(m, inp, out=None): raise _Tapped(inp[0] if self.at_input else out)
-        h = self.module.register_forward_pre_hook(hook) if self.at_input else self.module.register_forward_hook(hook)
+        m = model.get_submodule(self.name)   # may have been replaced, as by `convert_sync_batchnorm`
+        h = m.register_forward_pre_hook(hook) if self.at_input else m.register_forward_hook(hook)
         try: model(x)
         except _Tapped as e: return pool(e.features)
         finally: h.remove()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['replace_classifier', 'resnet10', 'get_arch', 'StepSeed', 'BFloat16', 'native_formats', 'native_cbs', 'formats',
-           'sesemi_learner']
+           'BatchNormGroups', 'sesemi_learner']
 
 # %% ../nbs/11_learner.ipynb #9126e820
 from fastai.vision.all import *
@@ -16,6 +16,7 @@ from .callback import *
 from .callback import _Ephemeral,_sample
 from .optimizer import *
 from fastai.callback.fp16 import MixedPrecision
+from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.callback.channelslast import ChannelsLast
 
 # %% ../nbs/11_learner.ipynb #40bdebe5
@@ -49,12 +50,12 @@ def get_arch(
 
 # %% ../nbs/11_learner.ipynb #01ac8e91
 class StepSeed(_Ephemeral):
-    "Start torch's generators of each training step from `(seed, epoch, step)`"
+    "Start torch's generators of each training step from `(seed, epoch, step)`, and the rank where it isn't 0"
     order,run_valid = -5,False
     def __init__(self, seed:int=None): self.step_seed = seed # That of `dls.train` by default
     def before_batch(self):
         "Before anything of the step is drawn"
-        torch.manual_seed(random_key(ifnone(self.step_seed, getattr(getattr(self.dls.train,'dl',self.dls.train),'seed',0)), 'step', self.epoch, self.iter))
+        torch.manual_seed(random_key(ifnone(self.step_seed, getattr(getattr(self.dls.train,'dl',self.dls.train),'seed',0)), 'step', self.epoch, self.iter, *filter(None, [rank_distrib()])))
 
 # %% ../nbs/11_learner.ipynb #d19bddf9
 class BFloat16(_Ephemeral):
@@ -101,6 +102,50 @@ def formats(learn:Learner)->str:
     why = f' ({native_formats(device)[2]})' if getattr(getattr(learn.dls,'recipe',None),'native',False) else ''
     return f"{'bfloat16' if has(BFloat16) else 'float32'}, {'channels last' if has(ChannelsLast) else 'contiguous'} on {device}{why}"
 
+# %% ../nbs/11_learner.ipynb #ae8e1fcb
+class BatchNormGroups(_Ephemeral):
+    "While training, BatchNorm normalises each of `n` contiguous parts of a batch on its own; running averages are the first part's"
+    run_valid,_learn = False,None
+    def __init__(self,
+        n:int=2 # Parts, cut as `torch.chunk` and `DataParallel` do
+    ):
+        if n<1: raise ValueError(f"BatchNormGroups({n}) must have 1 group or more.")
+        self.n_groups,self._hooks = n,[]
+
+    def before_train(self):
+        "Hook every BatchNorm"
+        self.after_train()
+        for m in self.model.modules():
+            if isinstance(m, _BatchNorm): self._hooks += [m.register_forward_pre_hook(self._first), m.register_forward_hook(self._others)]
+
+    def _first(self, m, inp):
+        if not m.training: return
+        x,*self._rest = inp[0].chunk(self.n_groups)
+        return x
+
+    def _others(self, m, inp, out):
+        if not m.training: return
+        rest,self._rest = self._rest,None
+        m.track_running_stats = False
+        try: return torch.cat([out, *map(m.forward, rest)])
+        finally: m.track_running_stats = True
+
+    def after_train(self):
+        "Take the hooks off again"
+        for h in self._hooks: h.remove()
+        self._hooks = []
+
+    def after_fit(self):
+        "After a fit that was cancelled as well"
+        self.after_train()
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):   # set to None by `remove_cb`, also after an interrupted `fit(cbs=…)`
+        self.after_train()
+        object.__setattr__(self, '_learn', learn)
+
 # %% ../nbs/11_learner.ipynb #69642eb4
 @delegates(Learner.__init__)
 def sesemi_learner(
@@ -109,10 +154,11 @@ def sesemi_learner(
     dropout:float=.5, # Rate before the classifier
     opt_func=NesterovSGD, # As for `Learner`
     wd_bn_bias:bool=True, # Weight decay on every parameter, as published
+    bn_groups:int=1, # Parts of a batch that BatchNorm normalises apart, see `BatchNormGroups`; 2 in the published runs
     cbs=None, # More callbacks
     **kwargs
 )->Learner:
     "A `Learner` as in the published SESEMI runs; `fit_poly_warmup` with `RotationPretext` completes it"
     x = _sample(dls.train).as_subclass(Tensor)
     model = replace_classifier(arch(), x.cpu(), get_c(dls), dropout)
-    return Learner(dls, model, opt_func=opt_func, wd_bn_bias=wd_bn_bias, cbs=L(StepSeed())+native_cbs(dls, L(cbs))+L(cbs), **kwargs)
+    return Learner(dls, model, opt_func=opt_func, wd_bn_bias=wd_bn_bias, cbs=L(StepSeed(), ShardStreams())+L(BatchNormGroups(bn_groups) if bn_groups!=1 else None)+native_cbs(dls, L(cbs))+L(cbs), **kwargs)

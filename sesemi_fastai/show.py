@@ -63,5 +63,5 @@ def plot_pretext(self:Recorder)->list: # The two axes
     for ax,keys,title in ((axs[0],('train_loss','valid_loss','pretext_loss'),'Loss'),(axs[1],('accuracy','pretext_acc'),'Accuracy')):
         for k in keys:
             if k in cols: ax.plot(at, cols[k], marker='.', label=k)
-        ax.set_title(title); ax.set_xlabel('epoch'); ax.legend(fontsize=8)
+        ax.set_title(title); ax.set_xlabel('epoch'); ax.locator_params(axis='x', integer=True); ax.legend(fontsize=8)
     return list(axs)

@@ -7,8 +7,10 @@ __all__ = ['random_key', 'preserved', 'reseed', 'seeded', 'epoch_draws', 'Stream
 
 # %% ../nbs/03_streams.ipynb #3f0c52aa
 from fastai.vision.all import *
+from fastai.data.load import _FakeLoader
 from contextlib import nullcontext
 import hashlib
+from .images import *
 
 # %% ../nbs/03_streams.ipynb #ec3382a0
 def random_key(
@@ -64,6 +66,10 @@ def epoch_draws(
     return np.concatenate(res).tolist()
 
 # %% ../nbs/03_streams.ipynb #42173ffa
+class _OwnSeed(_FakeLoader):
+    "With a generator that isn't torch's own, from which to begin an epoch would draw a number; made anew, since workers can't be sent one"
+    generator = property(lambda self: torch.Generator().manual_seed(getattr(self.d,'dl',self.d).seed))
+
 class StreamDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation are functions of `(seed, stream, epoch)`; an epoch has `n_steps` batches"
     _in_batch = False
@@ -72,25 +78,42 @@ class StreamDL(TfmdDL):
                  stream:str='labeled', # Its name, which keeps its randomness apart from the other stream's
                  n_steps:int=None, # Batches in an epoch; one pass by default
                  epoch:int=0, # The epoch that comes next
+                 n_skip:int=0, # Batches of it to leave out, once
+                 bad:BadImages=None, # Where a picture that can't be read is noted, and another takes its place; an error by default
                  **kwargs):
-        self.seed,self.stream,self.n_steps,self.epoch = seed,stream,n_steps,epoch
+        self.seed,self.stream,self.n_steps,self.epoch,self.n_skip,self.bad = seed,stream,n_steps,epoch,n_skip,bad
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
+        self.fake_l.__class__ = _OwnSeed
 
     def __len__(self): return super().__len__() if not self.shuffle else ifnone(self.n_steps, self.n//self.bs)
     def new(self, dataset=None, cls=None, **kwargs):
-        own = {} if cls and not issubclass(cls, StreamDL) else dict(seed=self.seed, stream=self.stream, n_steps=self.n_steps, epoch=self.epoch)
+        own = {} if cls and not issubclass(cls, StreamDL) else dict(seed=self.seed, stream=self.stream, n_steps=self.n_steps, epoch=self.epoch, bad=self.bad)
         return super().new(dataset, cls, **merge(own, kwargs))
 
     def get_idxs(self):
-        if not self.shuffle: return super().get_idxs()
+        return self.draws(len(self)) if self.shuffle else super().get_idxs()
+
+    def draws(self,
+        n_steps:int, # Batches in the epoch
+        rank:int=0, # Which of the processes that share the stream
+        world:int=1 # How many they are
+    )->list: # `n_steps*bs` draws
+        "Draws of the next epoch, but for the batches to leave out: of each batch of `world*bs` images the `rank`-th part, as `torch.chunk` cuts it"
+        skip,self.n_skip = self.n_skip*self.bs,0
         self.epoch += 1
-        return epoch_draws(self.n, self.bs, len(self), self.epoch-1, self.seed, self.stream)
+        res = epoch_draws(self.n, self.bs*world, n_steps, self.epoch-1, self.seed, self.stream)
+        return np.array(res).reshape(n_steps, world, self.bs)[:,rank].flatten()[skip:].tolist()
 
     def do_item(self, s):
         if not self.shuffle: return super().do_item(s)
         with nullcontext() if self._in_batch else preserved():
-            reseed(random_key(self.seed, self.stream, s))
-            return super().do_item(s%self.n if s else 0)
+            for i in range(20):
+                key = random_key(self.seed, self.stream, s, *[i]*(i>0))
+                reseed(key)
+                try: return super().do_item((key if i else s)%self.n if s is not None else 0)
+                except BadImageError as e:
+                    if self.bad is None or i==19: raise
+                    self.bad.add(e)
 
     def _next(self, it):
         "The next of `it`, with the generators put back"

@@ -1,9 +1,11 @@
 "Any classifier: the head finds its place, reads what the body gives, and leaves without a trace"
+import copy
+from types import SimpleNamespace
 import pytest,torch
 from torch import nn
 from torchvision import models as tv
 from fastai.vision.all import DataLoaders,Learner,SGD,create_vision_model,xresnet18
-from sesemi_fastai.all import RotationPretext
+from sesemi_fastai.all import BatchNormGroups,RotationPretext
 
 def vit(num_classes): return tv.VisionTransformer(image_size=64, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=num_classes)
 def by_timm(name, **kw):
@@ -46,6 +48,20 @@ def test_backbone(name):
     for h in hooks: h.remove()
     learn.remove_cb(cb)
     assert list(model.state_dict())==keys and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+@pytest.mark.parametrize('name', ['resnet18','xresnet18','timm_efficientnet'])   # the last one's BatchNorm has the activation within
+def test_batchnorm_groups(name):
+    "In groups the outputs are those of a forward pass for each, and the buffers those of the first"
+    torch.manual_seed(0)
+    model = MODELS[name][0](num_classes=3).train(); x = torch.randn(6,3,64,64)
+    for m in model.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+    if hasattr(model,'drop_rate'): model.drop_rate = 0.
+    first,second = copy.deepcopy(model),copy.deepcopy(model)
+    cb = BatchNormGroups(2); cb.learn = SimpleNamespace(model=model)
+    cb.before_train(); got = model(x); cb.after_train()
+    assert torch.allclose(got, torch.cat([first(x[:3]),second(x[3:])]), atol=1e-5)
+    for (k,v),w in zip(model.state_dict().items(), first.state_dict().values()): assert torch.allclose(v, w, atol=1e-6), k
 
 def test_no_place_is_an_error_that_says_so():
     model,x = tv.squeezenet1_1(num_classes=3),torch.randn(2,3,64,64)

@@ -2,7 +2,7 @@
 Each would fail if the feature or the callback were ignored."""
 from copy import deepcopy
 from functools import partial
-import numpy as np,pytest,torch
+import matplotlib.pyplot as plt,numpy as np,pytest,torch
 from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
@@ -10,9 +10,9 @@ from fastcore.all import L,noop
 from fastai.vision.all import (Callback,CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,ClassificationInterpretation,
     CrossEntropyLossFlat,EarlyStoppingCallback,LabelSmoothingCrossEntropyFlat,Learner,ParamScheduler,ProgressCallback,ReduceLROnPlateau,
     SaveModelCallback,SchedLin,SGD,ShowGraphCallback,TerminateOnNaNCallback,accuracy,accuracy_multi,get_image_files,load_learner,mae,tensor,vision_learner,
-    DataBlock,FuncSplitter,ImageBlock,MultiCategoryBlock,RegressionBlock,Resize,BCEWithLogitsLossFlat,MSELossFlat)
+    set_seed,DataBlock,FuncSplitter,ImageBlock,MultiCategoryBlock,RegressionBlock,Resize,BCEWithLogitsLossFlat,MSELossFlat)
 from fastai.callback.all import ChannelsLast,CSVLogger,CutMix,GradientAccumulation,GradientClip,MixUp
-from sesemi_fastai.all import BFloat16,PairedDataLoaders,PlainProgress,RotationPretext,StepSeed,resnet10
+from sesemi_fastai.all import BatchNormGroups,BFloat16,PairedDataLoaders,PlainProgress,RotationPretext,StepSeed,resnet10
 
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
@@ -93,10 +93,16 @@ def test_fine_tune(make):
     learn.fine_tune(1, .01, freeze_epochs=1)
     assert (learn.model.conv1.weight!=body).any()
 
+class HeadAt(Callback):
+    "The head after each step, before anyone puts it back"
+    def before_fit(self): self.seen = []
+    def after_step(self): self.seen.append(head(self.learn).clone())
+
 def test_lr_find(make):
-    "`lr_find`: weights and head are put back as they were"
-    learn = make(); before = deepcopy(learn.model.state_dict())|{'head':head(learn).clone()}
+    "`lr_find`: trains the head with the rest, then weights and head are put back as they were"
+    learn = make(HeadAt()); before = deepcopy(learn.model.state_dict())|{'head':head(learn).clone()}
     learn.lr_find(num_it=4, show_plot=False, suggest_funcs=())
+    assert len(learn.head_at.seen)>=3 and not torch.equal(learn.head_at.seen[-1], before['head'])
     after = learn.model.state_dict()|{'head':head(learn)}
     assert all(torch.equal(before[k], after[k]) for k in before)
     learn.fit(1, .01)
@@ -140,16 +146,25 @@ def test_losses(make, loss):
     assert column(plain,'train_loss')!=pytest.approx(column(other,'train_loss'), abs=1e-4)
 
 def test_bfloat16(make):
-    "`BFloat16` (autocast on any device): both forward passes are in low precision, weights stay float32"
-    seen = []
-    learn = make(BFloat16()); learn.pretext.pretext_head.register_forward_hook(lambda m,i,o: seen.append(o.dtype)); learn.fit(1, .01)
-    assert set(seen)=={torch.bfloat16} and head(learn).dtype==torch.float32 and head(learn).grad is None or head(learn).grad.dtype==torch.float32
+    "`BFloat16` (autocast on any device): both forward passes and the head are in low precision, weights and gradients stay float32"
+    seen,body = [],[]
+    learn = make(BFloat16(), Grads())
+    learn.pretext.pretext_head.register_forward_hook(lambda m,i,o: seen.append(o.dtype))
+    learn.model.layer1.register_forward_hook(lambda m,i,o: body.append((m.training,o.dtype)))
+    learn.fit(1, .01)
+    assert seen==[torch.bfloat16]*4 and body==[(True,torch.bfloat16)]*8+[(False,torch.bfloat16)]
+    assert {p.dtype for p in learn.model.parameters()}=={torch.float32} and {g.dtype for g in learn.grads.seen}=={torch.float32}
 
 def test_save_model(make):
-    "`SaveModelCallback(monitor='pretext_acc')`: the best model is reloaded, head and all"
-    learn = make(SaveModelCallback(monitor='pretext_acc')); learn.fit(2, .01)
-    saved = torch.load(learn.path/'models/model.pth', weights_only=True)
-    assert any('pretext_head' in k for k in saved) and all(torch.equal(v, learn.model.state_dict()[k]) for k,v in saved.items())
+    "`SaveModelCallback(monitor='pretext_loss')`: the best model, not the last, is reloaded, head and all"
+    class Spoil(Callback):
+        order = 100
+        def before_epoch(self):
+            if self.epoch==1: self.learn.best = deepcopy(self.model.state_dict()); head(self.learn).data.mul_(100)
+    learn = make(SaveModelCallback(monitor='pretext_loss'), Spoil()); learn.fit(2, 1e-4)
+    assert column(learn,'pretext_loss',1)>column(learn,'pretext_loss',0)
+    now = learn.model.state_dict()
+    assert 'fc.pretext_head.weight' in learn.best and all(torch.equal(v, now[k]) for k,v in learn.best.items())
 
 def test_early_stopping(make):
     "`EarlyStoppingCallback(monitor='pretext_loss')`: stops the fit"
@@ -178,27 +193,43 @@ def test_csv_logger(make):
     assert list(log.columns[-3:])==['pretext_loss','pretext_acc','time'] and log.shape==(2,7) and log.pretext_acc.between(0,1).all()
 
 def test_recorder_plots(make):
-    "`Recorder.plot_loss`, `plot_sched`: as without the callback"
-    learn = make(); learn.fit_one_cycle(2, .01)
-    ax = learn.recorder.plot_loss(skip_start=0); assert len(ax.lines)==2 and len(ax.lines[0].get_ydata())==8
-    learn.recorder.plot_sched()
+    "`Recorder.plot_loss`, `plot_sched`: the ordinary losses and the schedule, as without the callback"
+    learn = make(); learn.pretext.weight = 0.; learn.fit_one_cycle(2, .01)
+    plain = make(pretext=False); plain.fit_one_cycle(2, .01)
+    def lines(o): plt.close('all'); return [[float(y) for y in l.get_ydata()] for l in o.recorder.plot_loss(skip_start=0).lines]
+    (train,valid),(want,_) = lines(learn),lines(plain)
+    assert len(train)==8 and train==want and valid==[column(learn,'valid_loss',i) for i in (0,1)]
+    plt.close('all'); learn.recorder.plot_sched()
+    assert [len(o.lines[0].get_ydata()) for o in plt.gcf().axes]==[8]*len(learn.recorder.hps) and list(plt.gcf().axes[0].lines[0].get_ydata())==learn.recorder.hps['lr']
+    plt.close('all')
 
 def test_progress(make):
-    "`ProgressCallback`, `ShowGraphCallback`: bars and graph"
-    learn = make(); learn.add_cbs([ProgressCallback(), ShowGraphCallback()]); learn.fit(1, .01)
-    assert learn.show_graph.nb_batches==[4]
+    "`ProgressCallback`, `ShowGraphCallback`: both columns in the table, as many batches in the graph as were trained"
+    lines = []
+    learn = make(); learn.add_cbs([ProgressCallback(), ShowGraphCallback()])
+    learn.progress.after_fit = noop
+    old = learn.progress._write_stats; learn.progress._write_stats = lambda log: (lines.append([str(o) for o in log]), old(log))
+    learn.fit(1, .01)
+    assert learn.show_graph.nb_batches==[4] and lines[0][-3:]==['pretext_loss','pretext_acc','time'] and len(lines)==2
+    assert float(lines[1][-3])==pytest.approx(column(learn,'pretext_loss'), abs=1e-5)
 
 def test_validate_predict(make, dls):
     "`validate`, `get_preds` on both sets, `predict`, `tta`, `show_results`: as a plain Learner, and without a step"
     learn = make(); learn.fit(1, .01); weights = deepcopy(learn.model.state_dict())
     plain = make(pretext=False); plain.model.load_state_dict({k:v for k,v in weights.items() if 'pretext' not in k})
     assert len(learn.validate())==2 and list(learn.validate())==pytest.approx(list(plain.validate()))
+    def both(f):
+        "What `f` gives of each Learner, from the same state of the global generators, on which training images that aren't trained on depend"
+        set_seed(1); a = f(learn); set_seed(1); return a,f(plain)
     for i in (0,1):
-        (p,t),(q,u) = learn.get_preds(ds_idx=i),plain.get_preds(ds_idx=i)
-        assert len(p)==len(dls[i].dataset) and torch.equal(t,u) and torch.allclose(p,q) if i==1 else len(p)==len(dls[i].dataset)
-    assert torch.allclose(learn.predict(dls.valid.items[0])[2], plain.predict(dls.valid.items[0])[2])
-    assert learn.tta(n=1)[0].shape==(8,2)
-    learn.show_results(max_n=2)
+        (p,t),(q,u) = both(lambda o: o.get_preds(ds_idx=i))
+        assert len(p)==len(dls[i].dataset) and torch.allclose(p, q, atol=1e-6)
+        assert torch.equal(t,u) and t.tolist()==[int(dls[i].dataset[j][1]) for j in range(len(t))]   # each once, in order
+    a,b = both(lambda o: o.predict(dls.valid.items[0])); assert a[0]==b[0] and torch.allclose(a[2], b[2], atol=1e-6)
+    (p,t),(q,_) = both(lambda o: o.tta(n=2)); assert p.shape==(8,2) and torch.allclose(p, q, atol=1e-6) and not torch.allclose(p, learn.get_preds()[0], atol=1e-6)
+    def titles(o): plt.close('all'); o.show_results(max_n=2); return [ax.get_title() for ax in plt.gcf().axes if ax.images]
+    a,b = both(titles); assert a==b and len(a)==2 and all(len(o.split())==2 for o in a)
+    plt.close('all')
     assert all(torch.equal(v, learn.model.state_dict()[k]) for k,v in weights.items())
 
 def test_interpretation(make):
@@ -207,8 +238,10 @@ def test_interpretation(make):
     assert ClassificationInterpretation.from_learner(learn).confusion_matrix().sum()==8
 
 def test_summary(make):
-    "`learn.summary`: the model's layers"
-    assert 'Total params' in make().summary()
+    "`learn.summary`: layers and parameters of the plain model; trains on nothing"
+    model = lambda o: o.summary().split('Optimizer used')[0]
+    learn = make(); before = head(learn).clone(); got = model(learn)
+    assert got==model(make(pretext=False)) and '8 x 2' in got and torch.equal(head(learn), before) and learn.dls.unlabeled.epoch==0
 
 def test_cancelled(make):
     "cancelled batches, epochs and fits, and an interrupt: the next fit is whole"
@@ -223,26 +256,91 @@ def test_cancelled(make):
         assert len(learn.recorder.losses)==4 and len(learn.recorder.values[-1])==5, kind
 
 def test_two_fits(make):
-    "two `fit`s in a row: the streams go on"
-    learn = make(); learn.fit(1, .01); learn.fit(1, .01)
-    assert learn.dls.train.epoch==learn.dls.unlabeled.epoch==2 and len(learn.recorder.values)==1
+    "two `fit`s in a row: the streams go on, where one fit of two epochs would; the head stays in the optimizer, once"
+    class Seen(Callback):
+        def before_fit(self):
+            self.xs = []; old = self.pretext.objective.__class__.batch
+            self.pretext.objective.batch = lambda x: (self.xs.append(x), old(self.pretext.objective, x))[1]
+        def before_batch(self):
+            if self.training: self.xs.append(self.x)
+    once = make(Seen()); once.fit(2, .01)
+    learn = make(Seen()); learn.fit(1, .01); xs = learn.seen.xs[1:]; learn.fit(1, .01); xs += learn.seen.xs[1:]
+    want = [o for i,o in enumerate(once.seen.xs[1:])]
+    assert len(xs)==len(want)==16 and all(torch.equal(a, b) for a,b in zip(xs, want))
+    assert sum(p is head(learn) for g in learn.opt.param_lists for p in g)==1 and learn.recorder.metric_names.count('pretext_loss')==1 and len(learn.recorder.values)==1
+
+def test_fit_cbs_and_learner_cbs(make):
+    "`fit(cbs=…)`, `Learner(cbs=…)`, `add_cb`: the same weights; after `fit(cbs=…)` it is gone, else it stays"
+    a,b,c = make(),make(pretext=False),make(pretext=False)
+    c.add_cb(RotationPretext())
+    fit_each(a, c)
+    for dl in b.dls.loaders[::2]: dl.epoch = 0
+    b.fit(1, .01, cbs=RotationPretext())
+    for k,v in b.model.state_dict().items(): assert torch.equal(v, a.model.state_dict()[k]) and torch.equal(v, c.model.state_dict()[k])
+    assert hasattr(a,'pretext') and hasattr(c,'pretext') and not hasattr(b,'pretext') and not any('pretext' in k for k in b.model.state_dict())
 
 def test_add_and_remove(make):
-    "`add_cb`, `remove_cb`: the model, its optimizer and the callbacks are those of a plain Learner"
-    plain,learn = make(pretext=False),make(pretext=False)
-    cb = RotationPretext(); learn.add_cb(cb); learn.fit(1, .01); learn.remove_cb(cb); plain.fit(1, .01)
-    assert list(learn.model.state_dict())==list(plain.model.state_dict())
-    assert [type(o) for o in learn.cbs]==[type(o) for o in plain.cbs]
-    assert [len(o) for o in learn.opt.param_lists]==[len(o) for o in plain.opt.param_lists] and len(learn.opt.state)==len(plain.opt.state)
+    "`add_cb`, `remove_cb`: model, optimizer and its state, loaders, callbacks, loss and splitter are those of a Learner that never had it; a further epoch gives the same weights"
+    kw = dict(pretext=False, splitter=two_groups, opt_func=partial(SGD, mom=.9))
+    plain,learn = make(**kw),make(**kw)
+    dls,loaders,loss,splitter,attrs = learn.dls,[*learn.dls.loaders],learn.loss_func,learn.splitter,set(vars(learn))
+    cb = RotationPretext(weight=0.); learn.add_cb(cb); fit_each(learn); learn.remove_cb(cb); fit_each(plain)
+    assert [n for n,_ in learn.model.named_modules()]==[n for n,_ in plain.model.named_modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
+    assert learn.dls is dls and all(a is b for a,b in zip(dls.loaders, loaders)) and learn.loss_func is loss and learn.splitter is splitter
+    assert [type(o) for o in learn.cbs]==[type(o) for o in plain.cbs] and set(vars(learn))-attrs==set(vars(plain))-attrs
+    names = {p:n for n,p in learn.model.named_parameters()}
+    assert [[names[p] for p in g] for g in learn.opt.param_lists]==[[{p:n for n,p in plain.model.named_parameters()}[p] for p in g] for g in plain.opt.param_lists]
+    assert set(learn.opt.state)==set(names) and learn.opt.hypers==plain.opt.hypers
+    for a,b in zip(learn.opt.state_dict()['state'], plain.opt.state_dict()['state'], strict=True): assert list(a)==list(b)
+    other = deepcopy(plain.model.state_dict()); learn.model.load_state_dict(other)    # strictly; BatchNorm had seen the unlabelled images as well
+    for (p,_,s,_),(q,_,t,_) in zip(learn.opt.all_params(), plain.opt.all_params()): assert torch.equal(s['grad_avg'], t['grad_avg'])
+    fit_each(learn, plain)
+    assert all(torch.equal(v, learn.model.state_dict()[k]) for k,v in plain.model.state_dict().items())
+
+@pytest.mark.parametrize('backward', ['joint','sequential'])
+def test_batchnorm_groups(make, backward):
+    "`BatchNormGroups(2)`: both forward passes are normalised in halves, gradients and the first half's running averages as by hand; then the model is plain"
+    class Keep(Callback):
+        order = 101
+        def before_batch(self): self.learn.state = deepcopy(self.model.state_dict()); self.learn.batch = (self.x.clone(), self.y.clone())
+        def before_step(self): self.learn.grads_at = {n:p.grad.clone() for n,p in self.model.named_parameters()}; self.learn.after = deepcopy(self.model.state_dict()); raise CancelFitException
+    learn = make(BatchNormGroups(2)); learn.pretext.backward = backward
+    old,views = learn.pretext.objective.batch,[]
+    learn.pretext.objective.batch = lambda x: views.append(old(x)) or views[-1]
+    learn.fit(1, .01, cbs=Keep())
+    groups = []
+    for i in range(2):
+        model,h = resnet10(num_classes=2).train(),nn.Linear(512,4)
+        model.load_state_dict({k:v for k,v in learn.state.items() if 'pretext' not in k})
+        h.load_state_dict({k.rsplit('.',1)[1]:v for k,v in learn.state.items() if 'pretext' in k})
+        half = lambda o: o.chunk(2)[i]
+        body = nn.Sequential(*list(model.children())[:-1], nn.Flatten())
+        loss = nn.functional.cross_entropy(model(half(learn.batch[0])), half(learn.batch[1]))
+        (loss+nn.functional.cross_entropy(h(body(half(views[-1][0]))), half(views[-1][1]))).backward()
+        groups.append((model, {n:p.grad for n,p in model.named_parameters()}|{f'fc.pretext_head.{n}':p.grad for n,p in h.named_parameters()}))
+    for n,g in learn.grads_at.items(): assert torch.allclose(g, (groups[0][1][n]+groups[1][1][n])/2, rtol=1e-3, atol=1e-5), n
+    for n,b in groups[0][0].named_buffers(): assert torch.allclose(learn.after[n], b, atol=1e-6), n
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules()) and all(o.track_running_stats for o in learn.model.modules() if isinstance(o, nn.BatchNorm2d))
+    learn.export(); assert b'sesemi' not in (learn.path/'export.pkl').read_bytes()
+    class Interrupt(Callback):
+        def before_batch(self): raise KeyboardInterrupt
+    plain = make(pretext=False)
+    with pytest.raises(KeyboardInterrupt): plain.fit(1, .01, cbs=[BatchNormGroups(2), Interrupt()])
+    assert not any(m._forward_hooks for m in plain.model.modules())
 
 def test_vision_learner(dls):
-    "`vision_learner`: its head's BatchNorm and Dropout don't see rotated images, its freeze and splitter work"
+    "`vision_learner`: its head's BatchNorm and Dropout don't see rotated images, its splitter puts the pretext head into the last group, and its freeze keeps the body while both heads learn"
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=RotationPretext())
+    sizes = []; drop = next(o for o in learn.model[1].modules() if isinstance(o, nn.Dropout)); drop.register_forward_hook(lambda m,i,o: sizes.append(len(o)) if m.training else None)
     with learn.no_bar(), learn.no_logging():
         dls.train.epoch = dls.unlabeled.epoch = 0
+        learn.freeze(); body,h,fc = (o.clone() for o in (learn.model[0][0].weight, head(learn), learn.model[1][-1].weight))
         bn = next(o for o in learn.model[1].modules() if isinstance(o, nn.BatchNorm1d)); learn.fit(1, .01)
-    assert bn.num_batches_tracked==4 and learn.model[0][1].num_batches_tracked==8
-    assert learn.pretext.tap.width==512
+        assert torch.equal(learn.model[0][0].weight, body) and (head(learn)!=h).any() and (learn.model[1][-1].weight!=fc).any()
+        assert bn.num_batches_tracked==4 and learn.model[0][1].num_batches_tracked==8 and sizes==[8]*4
+        assert learn.pretext.tap.width==512 and [sum(p is head(learn) for p in g) for g in learn.opt.param_lists]==[0,0,1]
+        learn.unfreeze(); learn.fit(1, slice(1e-3,1e-2)); assert (learn.model[0][0].weight!=body).any()
 
 @pytest.mark.parametrize('backward', ['joint','sequential'])
 def test_terminate_on_nan(make, backward, capsys):

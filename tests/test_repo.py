@@ -1,5 +1,5 @@
 "The repository's parts agree: notebooks and modules, README and index, settings and package"
-import configparser,json,shutil,subprocess,sys,zipfile
+import configparser,json,re,shutil,subprocess,sys,zipfile
 from pathlib import Path
 import pytest
 try: import tomllib
@@ -47,6 +47,18 @@ def test_notebooks_have_ids_and_small_outputs():
 def test_readme_is_the_index():
     r = run(sys.executable, 'tools/readme.py', '--check'); assert r.returncode==0, r.stdout+r.stderr
 
+def test_no_name_in_two_rooms():
+    seen = {}
+    for o in sorted((root/'sesemi_fastai').glob('*.py')):
+        if o.stem in ('all','_modidx'): continue
+        for n in re.findall(r"'(\w+)'", re.search(r'__all__ = \[(.*?)\]', o.read_text(), re.S)[1] if '__all__' in o.read_text() else ''):
+            assert n not in seen, f'{n} is in {seen[n]} and in {o.name}: the later one hides the other in sesemi_fastai.all'
+            seen[n] = o.name
+
+def test_mutants_apply():
+    import mutants
+    for o in mutants.mutants: mutants.broken(o); mutants.selection(o)
+
 def test_no_errors_by_ruff():
     r = run(sys.executable,'-m','ruff','check','--no-cache','--select','E9,F63,F7,F82','--ignore','F821','sesemi_fastai','tests','tools','setup.py')
     assert r.returncode==0, r.stdout
@@ -62,3 +74,5 @@ def test_wheel_holds_the_sample(copy, tmp_path):
     assert {'sesemi_fastai/data/fashionwang.tgz','sesemi_fastai/data/LICENSE-fashionwang','sesemi_fastai/imagewang.py'}<=set(names)
     entry = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).read(next(o for o in names if o.endswith('entry_points.txt'))).decode()
     assert 'sesemi_imagewang = sesemi_fastai.imagewang:main' in entry
+    meta = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).read(next(o for o in names if o.endswith('METADATA'))).decode()
+    for o in cfg['distributed_requirements'].split(): assert f'Requires-Dist: {o}; extra == "distributed"' in meta and o in cfg['dev_requirements'].split()

@@ -20,6 +20,10 @@ def test_number_of_workers_changes_nothing(weights):
     assert weights('1', num_workers=1)==first and weights('2', num_workers=2)==first
     assert weights('other', seed=1)!=first
 
+def test_batchnorm_groups(weights):
+    first = weights('0')
+    assert weights('1', bn_groups=1)==first and weights('2', bn_groups=2)!=first
+
 def test_global_generators_change_nothing(weights):
     first = weights('0'); torch.rand(7)
     assert weights('1')==first

@@ -1,5 +1,5 @@
-"Write what is generated: README.md from nbs/index.ipynb, and the table of Learner features from the tests; `--check` only compares"
-import ast,re,sys
+"Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings and results of tests; `--check` only compares"
+import ast,json,re,sys
 from pathlib import Path
 import nbformat
 
@@ -17,24 +17,37 @@ def render():
     text = '\n\n'.join(parts)+'\n'
     return re.sub(r'\]\(images/', '](nbs/images/', text)
 
-def table():
-    "A row for each test of tests/test_matrix.py: its docstring up to the colon, the rest, its name"
-    rows = ['| with | what is checked | test |','| --- | --- | --- |']
-    for o in ast.parse((root/'tests/test_matrix.py').read_text(encoding='utf-8')).body:
+# Page: the tests it shows, and what its first two columns are called
+pages = {'learner_features': (('matrix','distributed'), 'with', 'what is checked'), 'hard_cases': (('hard_cases',), 'data', 'outcome')}
+
+def table(tests, what, checked):
+    "A row for each test of some files: its docstring up to the first colon, the rest, its name"
+    rows = [f'| {what} | {checked} | test |','| --- | --- | --- |']
+    for o in sum((ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body for nm in tests), []):
         if not (isinstance(o, ast.FunctionDef) and o.name.startswith('test_')): continue
         what,_,checked = ast.get_docstring(o).partition(': ')
         rows.append(f'| {what} | {checked} | `{o.name}` |')
     return '\n'.join(rows)
 
-def with_table(text):
+def mutants():
+    "What became of each breakage in the last run of tests/mutants.py"
+    if not (root/'tests/results/mutants.json').exists(): return 'Not run yet: `make mutants`.'
+    res,code = json.loads((root/'tests/results/mutants.json').read_text(encoding='utf-8')),lambda s: '`` '+' '.join(s.replace('|','\\|').split())+' ``' if s.strip() else 'nothing'
+    n = sum(o['outcome']!='survived' for o in res)
+    return '\n'.join([f"Of {len(res)} breakages {n} were noticed.", '', '| module | instead of | stands | noticed by |', '| --- | --- | --- | --- |',
+        *(f"| {o['module']} | {code(o['old'])} | {code(o['new'])} | "+(f"`{o['by'].split('::')[-1]}`" if o['by'] else f"the time limit" if o['outcome']=='time limit' else f"nothing: {o['why']}")+' |' for o in res)])
+
+def with_table(text, table):
     "The notebook's source with the table between its two marks"
     nb = nbformat.reads(text, 4)
     for c in nb.cells:
-        if '<!-- matrix -->' in c.source: c.source = '<!-- matrix -->\n'+table()+'\n<!-- end -->'
+        if '<!-- table -->' in c.source: c.source = '<!-- table -->\n'+table+'\n<!-- end -->'
     return nbformat.writes(nb, 4)+'\n'
 
 if __name__=='__main__':
-    index,page = root/'README.md',root/'nbs/learner_features.ipynb'
-    for path,text in ((index, render()), (page, with_table(page.read_text(encoding='utf-8')))):
+    texts = {root/'README.md': render()}
+    for name,rows in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants())):
+        page = root/f'nbs/{name}.ipynb'; texts[page] = with_table(page.read_text(encoding='utf-8'), rows)
+    for path,text in texts.items():
         if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
         elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit(f'{path.name} differs from what it is made from: run `make prepare`.')

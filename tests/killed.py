@@ -1,0 +1,71 @@
+"A training process that is killed at a given moment, and what it leaves; started by `test_resume.py` from a fork server that has everything imported"
+import multiprocessing,os,random,signal,sys
+from pathlib import Path
+import torch
+from fastai.vision.all import Callback,ProgressCallback,noop
+import sesemi_fastai.checkpoint as checkpoint
+from sesemi_fastai.all import ResumeTraining,RotationPretext,RunConfig,local_first,on_processes
+
+EPOCHS,STEPS = 2,5
+PLACES = ['after_loss','before_step','after_batch','before_validate','validation','after_epoch','writing']
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+class Kill(Callback):
+    "SIGKILL at `place`, at the `n`-th time that it is passed"
+    order = ProgressCallback.order   # where callbacks stand that change no result
+    def __init__(self, place, n): self.place,self.left = place,n
+    def passed(self, place):
+        if place!=self.place: return
+        self.left -= 1
+        if self.left==0: die()
+    def after_loss(self): self.passed('after_loss' if self.training else 'validation')
+    def before_step(self): self.passed('before_step')
+    def after_batch(self): self.passed('after_batch' if self.training else None)
+    def before_validate(self): self.passed('before_validate')
+    def after_epoch(self): self.passed('after_epoch')
+
+def kill_while_writing(n):
+    "The `n`-th checkpoint is cut in its middle"
+    left = [n]
+    class Half:
+        def __init__(self, f): self.f = f
+        def __enter__(self): return self
+        def __exit__(self, *args): self.f.close()
+        def write(self, data):
+            if left[0]==0: self.f.write(data[:len(data)//2]); self.f.flush(); die()
+            self.f.write(data)
+        def flush(self): self.f.flush()
+        def fileno(self): return self.f.fileno()
+    def half_open(path, mode='r'):
+        if 'w' not in mode: return open(path, mode)
+        left[0] -= 1
+        return Half(open(path, mode))
+    checkpoint.open = half_open
+
+def random_moment(rng):
+    "A place, and how many times it is passed before; soon, so that many fit into a run"
+    return rng.choice(PLACES),rng.randint(1,3)
+
+def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnull, rank=0, port=None):
+    "Train, or go on, and leave in `out` all that a run ends with; the first process dies at `moment`"
+    sys.stdout = sys.stderr = open(log, 'a')
+    if port: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU='true')
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method('fork', force=True)   # for the loaders' workers: a fork server of their own would import everything again
+    cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10', unlabeled_bs=4, steps=STEPS, lr=.05)|kw))
+    dls = local_first(cfg.dls); learn = cfg.learner(dls)
+    learn.remove_cb(ProgressCallback); learn.logger = noop
+    learn.add_cb(RotationPretext(backward=backward))
+    kill = []
+    if rank: moment = None
+    if moment and moment[0]=='writing': kill_while_writing(moment[1])
+    elif moment: kill = [Kill(*moment)]
+    with on_processes(learn): learn.fit_poly_warmup(cfg.epochs, cfg.lr, cbs=[ResumeTraining(Path(out).with_suffix('')/'ckpt', every), *kill])
+    opt = learn.opt.opt.state_dict()
+    with learn.no_bar(): preds = learn.get_preds()
+    rec = learn.recorder
+    if rank: return
+    part = Path(f'{out}.part')
+    torch.save(checkpoint.pack_state(dict(model=dict(learn.model.state_dict()), opt=opt, preds=preds, values=[list(o) for o in rec.values], losses=rec.losses, hps=dict(rec.hps), lrs=rec.lrs, iters=rec.iters)), part)
+    os.replace(part, out)

@@ -1,0 +1,170 @@
+"""Break the package in one place at a time and see whether a test notices: `make mutants`, or `python tests/mutants.py` with modules or numbers.
+A mutant is a line of `mutants`: module, a piece of its text that is there once, what takes its place, and the tests to run, by the name of a notebook
+or as pytest has them. It is applied to a copy of the repository, to the module and to its notebook. `why` says why one is expected to survive."""
+import json,os,re,shutil,subprocess,sys,tempfile,time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+results = root/'tests/results/mutants.json'
+limit = 180 # Seconds a mutant
+
+def M(module, old, new, tests, why=None): return dict(module=module, old=old, new=new, tests=tests.split(), why=why)
+
+mutants = [
+    M('images', "_not_too_long(ImageOps.exif_transpose(im))", "_not_too_long(im)", 'images'),
+    M('images', "else 65535\n", "else 255\n", 'images'),
+    M('images', "if im.mode=='P': im = im.convert('RGBA')", "if im.mode=='P': return im.convert('L').convert('RGB')", 'test_hard_cases.py::test_palette_with_transparency'),
+    M('images', "return sorted(res, key=lambda o: o.relative_to(folder).as_posix())", "return res[::-1]", 'images'),
+    M('images', "if real in seen: dirs[:] = []; continue", "if real in seen and False: continue", 'images test_hard_cases.py::test_loop_of_links'),
+    M('images', "not o.startswith('.') and os.path.splitext", "os.path.splitext", 'images'),
+    M('images', "os.walk(folder, onerror=fail, followlinks=True)", "os.walk(folder, followlinks=True)", 'test_hard_cases.py::test_unreadable_folder'),
+    M('images', "if not stat.S_ISREG(os.stat(path).st_mode): raise OSError('neither a file nor a link to one')", "pass", 'test_hard_cases.py::test_pipe_under_an_images_name'),
+    M('images', "else \"leaves the folder with '..'\" if '..' in Path(m.name).parts", "", 'images'),
+    M('images', "if i>=max_members", "if i>max_members", 'test_hard_cases.py::test_archive_of_many_members'),
+    M('images', "need += -(-m.size//4096)*4096", "need = 0", 'test_hard_cases.py::test_archive_larger_than_the_disk'),
+    M('images', "[(Path(p),w) for p,w in later]", "[]", 'images'),
+    M('augment', "scale=(.2,1.)", "scale=(.08,1.)", 'augment'),
+    M('augment', "v2.RandomHorizontalFlip(), *to_float", "*to_float", 'augment'),
+    M('augment', "round(size*256/224)", "round(size*224/256)", 'augment'),
+    M('augment', "gamma:tuple=(.5,1.5)): #", "gamma:tuple=(.5,1.)): #", 'augment'),
+    M('augment', "if flip: pic = pic.flip(-1)", "if flip: pic = pic.flip(-2)", 'augment test_fast.py'),
+    M('augment', "pixels[i:i+h,j:j+w], gamma, flip", "pixels[i:i+h,j:j+w], 1., flip", 'augment test_fast.py'),
+    M('augment', "scale:tuple=(.2,1.), #", "scale:tuple=(.3,1.), #", 'augment test_fast.py'),
+    M('augment', "torch.arange(256.)*(1/255)", "torch.arange(256.)*(1/256)", 'augment'),
+    M('store', "int((have!=want).sum())", "0", 'store'),
+    M('store', "if zlib.crc32(self._picture(i))!=self.index['crc'][i]: raise", "if False: raise", 'store'),
+    M('store', "long = int(self.side*long/short)", "long = round(self.side*long/short)", 'store test_fast.py'),
+    M('store', "            o += px.nbytes\n", "", 'store'),
+    M('streams', "hashlib.blake2b(repr(parts).encode()", "hashlib.blake2b(repr(parts[:2]).encode()", 'streams'),
+    M('streams', "np.random.seed(key%2**32); ", "", 'streams'),
+    M('streams', "; torch.set_rng_state(states[2])", "", 'streams'),
+    M('streams', "        start += len(skip)\n", "", 'streams'),
+    M('streams', "spill if p<n_pass-1 else", "spill if p<n_pass else", 'streams'),
+    M('streams', "self.epoch += 1", "self.epoch += 0", 'streams'),
+    M('streams', "finally: self.epoch = epoch", "finally: pass", 'streams'),
+    M('streams', "(key if i else s)%self.n", "s%self.n", 'streams'),
+    M('streams', "self.bad.add(e)", "pass", 'streams'),
+    M('data', "bs = bs or 4*unlabeled_bs", "bs = bs or unlabeled_bs", 'data'),
+    M('data', "tl.tfms = Pipeline(tl.tfms.fs, split_idx=0); tl.split_idx = 0", "pass", 'data'),
+    M('data', "out = [folder/k for k in left_out] if Path(nm)==Path(train) else []", "out = []", 'data'),
+    M('data', "shuffle=True, drop_last=True", "shuffle=True, drop_last=False", 'data test_hard_cases.py::test_pairing'),
+    M('data', "stream='unlabeled', num_workers=unw", "stream='labeled', num_workers=unw", 'data objectives'),
+    M('data', "n_steps=min(n_steps or len(items), len(items)//ubs)", "n_steps=len(items)//ubs", 'data'),
+    M('data', "if os.path.abspath(o) not in skip]", "if os.path.abspath(o) in skip]", 'data'),
+    M('data', "Picture(rec.valid, 1, rec.plain)", "Picture(rec.train, 1, rec.plain)", 'data learner'),
+    M('objectives', "torch.rot90(x, k, (2,3))", "torch.rot90(x, -k, (2,3))", 'objectives'),
+    M('objectives', "for k in range(4)], 1).flatten(0,1)", "for k in range(4)], 0).flatten(0,1)", 'objectives'),
+    M('objectives', "torch.arange(4, device=x.device).repeat(len(x))", "torch.arange(4, device=x.device).repeat_interleave(len(x))", 'objectives'),
+    M('objectives', "F.cross_entropy(logits.float(), targs)", "F.cross_entropy(logits.float(), targs, reduction='sum')", 'objectives test_parity.py'),
+    M('features', "x.mean((2,3)) if", "x.amax((2,3)) if", 'features'),
+    M('features', "raise _Tapped(inp[0] if self.at_input else out)", "raise _Tapped(inp[0])", 'features'),
+    M('features', "isinstance(made[1], nn.Dropout)   #", "False   #", 'features'),
+    M('features', "    model.eval()\n    try:\n        with torch.no_grad(): yield", "    try:\n        with torch.no_grad(): yield", 'features'),
+    M('callback', "self.learn.loss_grad = self.learn.loss_grad+self.pretext_weight(self.pct_train)*self.pretext_loss()", "self.learn.loss_grad = self.learn.loss_grad-self.pretext_weight(self.pct_train)*self.pretext_loss()", 'callback test_parity.py'),
+    M('callback', "math.exp(-5*(1-pct/self.ramp_pct)**2)", "math.exp(-5*(1-pct/self.ramp_pct))", 'callback'),
+    M('callback', "order,run_valid,name,_learn = MixedPrecision.order-5,False", "order,run_valid,name,_learn = MixedPrecision.order-2,False", 'test_matrix.py::test_gradient_accumulation'),
+    M('callback', "(loss*self._zero.grad).backward()", "loss.backward()", 'callback test_matrix.py::test_gradient_accumulation'),
+    M('callback', ": del cb._host.pretext_head", ": pass", 'callback'),
+    M('callback', "for p in ps: state.pop(p, None)", "pass", 'callback test_matrix.py::test_add_and_remove'),
+    M('callback', "[p for p in self.pretext_head.parameters() if p not in have]", "list(self.pretext_head.parameters())", 'callback test_matrix.py::test_fit_one_cycle_with_groups'),
+    M('callback', "(logits.argmax(1)==targ).float()", "(logits.argmin(1)==targ).float()", 'callback'),
+    M('callback', "float(self.learn.to_detach(o))/sums[2] if", "float(self.learn.to_detach(o)) if", 'callback'),
+    M('callback', "def __reduce_ex__(self, protocol): return type(None),()", "pass", 'callback test_runs.py::test_export_loads_without_this_package'),
+    M('callback', "if b is None:\n        self._it,self.n_taken", "if False:\n        self._it,self.n_taken", 'callback'),
+    M('callback', "    torch._foreach_div_(grads, num_distrib())\n", "", 'test_distributed.py::test_gradients'),
+    M('distributed', "self.dl.draws(self.n_steps, self.rank, self.world_size)", "self.dl.draws(self.n_steps, 0, self.world_size)", 'test_distributed.py::test_each_reads_its_own_part'),
+    M('show', "(wrong.float()*(1+conf)+(~wrong).float()*(1-conf))", "(wrong.float()*(1-conf)+(~wrong).float()*(1-conf))", 'show'),
+    M('show', "finally:\n        dl.epoch = epoch\n", "finally:\n", 'show'),
+    M('optimizer', "nesterov=mom>0", "nesterov=False", 'optimizer'),
+    M('optimizer', "weight_decay=wd", "weight_decay=0.", 'optimizer'),
+    M('optimizer', "def __reduce__(self): return partial(", "def _unused(self): return partial(", 'optimizer test_runs.py::test_export_loads_without_this_package'),
+    M('schedule', "(hi-self.lr_warmup)*(pct/w)", "hi*(pct/w)", 'schedule'),
+    M('schedule', "**self.power", "**1", 'schedule'),
+    M('schedule', "min(10, n_epoch/8)", "min(10, n_epoch/4)", 'schedule'),
+    M('schedule', "if pct<w: return", "if pct<=w and w: return", 'schedule', why='the line and the curve meet at pct = w, where both are lr_max'),
+    M('learner', "wd_bn_bias:bool=True", "wd_bn_bias:bool=False", 'learner test_parity.py'),
+    M('learner', "new = nn.Sequential(nn.Dropout(dropout), new)", "pass", 'learner'),
+    M('learner', "'step', self.epoch, self.iter, *filter", "'step', self.epoch, *filter", 'learner'),
+    M('learner', "        self.learn.pred = to_float(self.pred)", "        pass", 'learner test_matrix.py::test_bfloat16'),
+    M('learner', "m.track_running_stats = False", "pass", 'learner'),
+    M('report', "statistics.stdev(xs)", "statistics.pstdev(xs)", 'report'),
+    M('report', "256 if r['size']==224 else r['size']", "r['size']", 'report'),
+    M('report', "format(o['accuracy']-t,'+.2f')", "format(t-o['accuracy'],'+.2f')", 'report'),
+    M('checkpoint', "if hashlib.sha256(data[n:]).hexdigest().encode()!=bytes(data[len(_magic):n-1]): raise", "if False: raise", 'checkpoint'),
+    M('checkpoint', "os.replace(part, path)", "path.write_bytes(part.read_bytes()[:99])", 'checkpoint'),
+    M('checkpoint', "set_rng_states(state['rng'])", "pass", 'checkpoint test_resume.py::test_killed_twice'),
+    M('checkpoint', "(epoch+(taken>0),0) if state['step']==len(dl) else (epoch,taken)", "(epoch,taken)", 'checkpoint resume test_resume.py::test_killed_twice'),
+    M('checkpoint', "opt=learn.opt.state_dict()", "opt=dict(state=[], hypers=learn.opt.state_dict()['hypers'])", 'checkpoint resume test_resume.py::test_killed_twice'),
+    M('resume', "enumerate(learn.dl, state['step'])", "enumerate(learn.dl)", 'resume test_resume.py::test_killed_twice'),
+    M('resume', "for o in mine[:-2]", "for o in mine[:-1]", 'resume'),
+    M('resume', "if then.get(k)!=now.get(k)]", "if False]", 'resume'),
+    M('resume', "if self._begun: self.rows.append(list(self.recorder.log))", "pass", 'resume test_resume.py::test_killed_twice'),
+    M('run', "learn.recorder.values[-1][2]", "learn.recorder.values[0][2]", 'run test_runs.py::test_command_with_twin'),
+    M('run', "L(None if twin else RotationPretext())", "L(RotationPretext())", 'run'),
+    M('imagewang', "seed=cfg.seed+i", "seed=cfg.seed", 'test_runs.py::test_command_with_twin'),
+    M('imagewang', "val_in_pool=not no_val", "val_in_pool=True", 'imagewang'),
+    M('copies', "max_bits:int=8,", "max_bits:int=2,", 'copies'),
+    M('copies', "np.triu(bits<=max_bits+2.5, 1)", "np.triu(bits<=max_bits+2.5, 0)", 'copies'),
+    M('copies', "o.std>=min_std and ", "", 'copies'),
+    M('copies', "G -= G.mean(1, keepdims=True); ", "", 'copies doctor'),
+    M('doctor', "0 if p in valid else 1 if p in labeled else 2", "0 if p in labeled else 1 if p in valid else 2", 'doctor'),
+    M('doctor', "if r>0]", "if True]", 'doctor'),
+    M('doctor', "[(r+k)%4 for r in range(4)]", "[(r-k)%4 for r in range(4)]", 'doctor'),
+    M('doctor', ".quantile(.95)", ".quantile(.05)", 'doctor'),
+    M('doctor_report', "open(file, 'x', encoding='utf-8')", "open(file, 'w', encoding='utf-8')", 'doctor_report'),
+    M('doctor_report', "<figcaption>{html.escape(printable(_rel(p, path)))}", "<figcaption>{printable(_rel(p, path))}", 'doctor_report'),
+]
+
+def notebook(module):
+    "The notebook that exports `module`"
+    return next(o for o in sorted((root/'nbs').glob('*.ipynb')) if f'#| default_exp {module}"' in o.read_text(encoding='utf-8'))
+
+def once(text, m, where):
+    if text.count(m['old'])!=1: raise SystemExit(f"{m['module']}: {m['old']!r} is {text.count(m['old'])} times in {where}: name a piece that is there once.")
+    return text.replace(m['old'], m['new'])
+
+def broken(m, top=root):
+    "Texts of the module and of its notebook with the mutant in them; raises where it doesn't apply"
+    module,nb = top/f"sesemi_fastai/{m['module']}.py",notebook(m['module'])
+    cells = json.loads(nb.read_text(encoding='utf-8'))
+    src = '\0'.join(''.join(c['source']) for c in cells['cells'] if c['cell_type']=='code' and '#| export' in ''.join(c['source']))
+    for c,s in zip((c for c in cells['cells'] if c['cell_type']=='code' and '#| export' in ''.join(c['source'])), once(src+'\n', m, nb.name)[:-1].split('\0')): c['source'] = s
+    return {f'sesemi_fastai/{module.name}':once(module.read_text(encoding='utf-8'), m, module.name), f'nbs/{nb.name}':json.dumps(cells)}
+
+def selection(m):
+    return [f'tests/{o}' if o.endswith('.py') or '::' in o else f'tests/test_notebooks.py::test_notebook[{notebook(o).stem}]' for o in m['tests']]
+
+def run(tests, changes={}):
+    "Whether `tests` pass in a copy of the repository with `changes`, and the first that didn't"
+    with tempfile.TemporaryDirectory() as d:
+        for o in ('sesemi_fastai','nbs','tests'): shutil.copytree(root/o, Path(d)/o, ignore=shutil.ignore_patterns('__pycache__','results','.ipynb_checkpoints'))
+        for k,v in changes.items(): (Path(d)/k).write_text(v, encoding='utf-8')
+        env = os.environ|dict(PYTHONPATH=d, OMP_NUM_THREADS='1', MPLBACKEND='Agg', PYTHONDONTWRITEBYTECODE='1')
+        try: r = subprocess.run([sys.executable,'-m','pytest','-x','-q','--disable-warnings','-p','no:cacheprovider',*tests], cwd=d, env=env, capture_output=True, text=True, timeout=limit if changes else None)
+        except subprocess.TimeoutExpired: return 'time limit',None
+        failed = re.search(r'^(?:FAILED|ERROR) tests/(\S+)', r.stdout, re.M)
+        return ('survived',None) if r.returncode==0 else ('caught',failed[1]) if failed else ('error',r.stdout[-2000:]+r.stderr[-2000:])
+
+def try_one(m):
+    start = time.time(); outcome,by = run(selection(m), broken(m))
+    print(f"{outcome:<10} {m['module']:<13} {m['old'][:50]!r}"+(f" by {by}" if by else ''), flush=True)
+    return dict(m, outcome=outcome, by=by, seconds=round(time.time()-start, 1))
+
+def main(args):
+    which = [m for i,m in enumerate(mutants) if not args or m['module'] in args or str(i) in args]
+    for m in which: broken(m)     # all apply, before any is tried
+    tests,n = sorted({t for m in which for t in selection(m)}),os.cpu_count()
+    with ThreadPoolExecutor(n) as ex:
+        for outcome,by in ex.map(run, [tests[i::n] for i in range(min(n, len(tests)))]):
+            if outcome!='survived': raise SystemExit(f'Without any mutant {by} fails: mend that first.')
+        print(f'Without any mutant all pass; {len(which)} to try', flush=True)
+        res = list(ex.map(try_one, which))
+    n = sum(o['outcome'] in ('caught','time limit') for o in res)
+    print(f'{n} of {len(res)} caught')
+    for o in res:
+        if o['outcome'] not in ('caught','time limit'): print(f"{o['outcome']}: {o['module']}, {o['old']!r} -> {o['new']!r}: {o['why'] or o['by'] or 'no reason is known'}")
+    if not args: results.parent.mkdir(exist_ok=True); results.write_text(json.dumps(res, indent=1)+'\n')
+    return any(o['outcome'] not in ('caught','time limit') and not o['why'] for o in res)
+
+if __name__=='__main__': sys.exit(main(sys.argv[1:]))

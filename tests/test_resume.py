@@ -1,0 +1,128 @@
+"A run that is killed, at any moment, ends as the run that was never stopped: to the bit"
+import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex,signal,socket,subprocess,sys,time
+from pathlib import Path
+import pytest,torch
+from sesemi_fastai.all import *
+from sesemi_fastai.checkpoint import unpack_state
+from sesemi_fastai.imagewang import main
+sys.path.insert(0, str(Path(__file__).parent))
+import killed
+
+@pytest.fixture(scope='module')
+def processes():
+    "Processes by fork from one that has imported everything and has run nothing"
+    here = Path(__file__).parent
+    os.environ['PYTHONPATH'] = os.pathsep.join(map(str, filter(None, (here, here.parent, os.environ.get('PYTHONPATH')))))   # the server doesn't inherit sys.path
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['killed'])
+    return ctx
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+def run(processes, *args, ranks=1, **kw):
+    "How the process ended, or the first of two, of which both are killed when one is"
+    port = free_port() if ranks>1 else None
+    ps = [processes.Process(target=killed.train, args=args, kwargs=kw|dict(rank=r, port=port)) for r in range(ranks)]
+    for p in ps: p.start()
+    multiprocessing.connection.wait([p.sentinel for p in ps], 300)
+    ps[0].join(20)
+    if ps[0].exitcode:
+        for p in ps: p.kill()
+    for p in ps: p.join(60)
+    assert ps[0].exitcode is not None, 'the process hangs'
+    return ps[0].exitcode
+
+def same(a, b, at=''):
+    "Whether all of `a` and `b` is equal, to the bit"
+    assert type(a)==type(b), at
+    if isinstance(a, dict):
+        assert a.keys()==b.keys(), at
+        for k in a: same(a[k], b[k], f'{at}.{k}')
+    elif isinstance(a, (list,tuple)):
+        assert len(a)==len(b), at
+        for i,(x,y) in enumerate(zip(a,b)): same(x, y, f'{at}[{i}]')
+    elif isinstance(a, torch.Tensor): assert a.dtype==b.dtype and torch.equal(a,b), at
+    else: assert a==b, at
+
+def load(path): return unpack_state(torch.load(path, weights_only=True))
+
+def survive(processes, folder, tmp, moments, kw, **more):
+    "Kill a run at each of `moments`, one after the other, let it end, and compare with one that was left alone"
+    log = tmp/'log'
+    if not (tmp/'whole.pt').exists(): assert run(processes, folder, tmp/'whole.pt', kw, log=log, **more)==0, log.read_text()
+    for i,m in enumerate(moments):
+        out = tmp/f'cut{i}.pt'
+        code = run(processes, folder, out, kw, moment=m, log=log, **more)
+        assert code==-signal.SIGKILL, (m,code,log.read_text()[-2000:])
+        assert run(processes, folder, out, kw, log=log, **more)==0, (m,log.read_text()[-2000:])
+        same(load(tmp/'whole.pt'), load(out), str(m))
+
+def test_killed_anywhere(processes, folder, tmp_path):
+    "each place once, in float32 and jointly, with a checkpoint at each step or at every third"
+    moments = [('after_loss',7),('before_step',2),('validation',2),('writing',6)]
+    survive(processes, folder, tmp_path, moments, dict(num_workers=0), every=1)
+
+def test_killed_with_workers_and_sequential(processes, folder, tmp_path):
+    survive(processes, folder, tmp_path, [('after_batch',8)], dict(num_workers=2), every=3, backward='sequential')
+
+def test_killed_with_two_ranks_and_the_fast_recipe(processes, folder, tmp_path):
+    pytest.importorskip('accelerate')
+    survive(processes, folder, tmp_path, [('before_step',7)], dict(num_workers=0, recipe='fast', store='none'), every=2, ranks=2)
+
+def test_killed_twice(processes, folder, tmp_path):
+    "A run that is killed again while it goes on"
+    out,log = tmp_path/'cut.pt',tmp_path/'log'
+    assert run(processes, folder, tmp_path/'whole.pt', dict(num_workers=0), log=log)==0
+    for m in [('after_loss',4),('after_loss',3),('before_step',2)]: assert run(processes, folder, out, dict(num_workers=0), moment=m, log=log, every=2)==-signal.SIGKILL
+    assert run(processes, folder, out, dict(num_workers=0), log=log, every=2)==0
+    same(load(tmp_path/'whole.pt'), load(out))
+
+def command(folder, out, *more):
+    return [sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--num_workers','0','--runs','2','--steps','60','--out',str(out),*more]
+
+def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
+    "SIGTERM saves, exits with 143 and says the command that goes on, which skips what is finished; SIGKILL loses no more than since the last save"
+    whole,cut = tmp_path/'whole',tmp_path/'cut'
+    subprocess.run(command(folder, whole), check=True, capture_output=True)
+    p = subprocess.Popen(command(folder, cut, '--save_every', '5'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (cut/'run-1/resume').exists() or not any((cut/'run-1/resume').glob('step-*')): assert p.poll() is None; time.sleep(.02)
+    p.send_signal(signal.SIGTERM)
+    out,err = p.communicate(timeout=120)
+    assert p.returncode==143 and 'Stopped by SIGTERM at epoch' in err and '--resume' in err, err
+    again = shlex.split(err.split('To go on: ')[1])
+    assert again[0]=='sesemi_imagewang'
+    main(again[1:])
+    said = capsys.readouterr().out
+    assert 'Resuming at epoch' in said and 'run-0: finished already' in said
+    for r in ('run-0','run-1'):
+        assert (whole/r/'model.pth').read_bytes()==(cut/r/'model.pth').read_bytes() and (whole/r/'steps.csv').read_bytes()==(cut/r/'steps.csv').read_bytes()
+        strip = lambda o: [l.rsplit(',',1)[0] for l in (o/r/'history.csv').read_text().splitlines()]   # all but the time
+        assert strip(whole)==strip(cut) and len(strip(cut))==3
+        assert not (cut/r/'resume').exists()
+    main(again[1:]); assert 'run-1: finished already' in capsys.readouterr().out
+    with pytest.raises(SystemExit): main([*again[1:], '--lr', '.3'])
+    assert 'lr was 0.1, now 0.3' in capsys.readouterr().err
+
+CONFIGS = list(itertools.product(('reference','fast'), ('joint','sequential'), (0,2), (1,2)))
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe,backward,workers,ranks', CONFIGS)
+def test_many_random_kills(processes, folder, tmp_path, recipe, backward, workers, ranks):
+    "One run after the other, each killed again and again while it goes on, until 20 kills were survived"
+    name = f'{recipe} recipe, {backward} backward, {workers} workers, {ranks} process'+'es'*(ranks>1)
+    rng,log,kills,n = random.Random(name),tmp_path/'log',[],0
+    kw = dict(num_workers=workers, recipe=recipe, store=str(tmp_path/'store'), epochs=3, steps=8)
+    more = dict(backward=backward, ranks=ranks, log=log)
+    assert run(processes, folder, tmp_path/'whole.pt', kw, **more)==0, log.read_text()
+    while len(kills)<20:
+        out,every,code = tmp_path/f'cut{n}.pt',rng.choice([1,2]),None
+        while code!=0:
+            moment = killed.random_moment(rng) if len(kills)<20 else None
+            code = run(processes, folder, out, kw, moment=moment, every=every, **more)
+            assert code in (0,-signal.SIGKILL), (moment,code,log.read_text()[-2000:])
+            if code: kills.append(moment[0])
+        same(load(tmp_path/'whole.pt'), load(out), f'{name} {kills}'); n += 1
+    results = Path(__file__).parent/'results/kills.json'
+    done = json.loads(results.read_text()) if results.exists() else {}
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps(done|{name: dict(runs=n, kills={p:kills.count(p) for p in killed.PLACES})}, indent=1)+'\n')
