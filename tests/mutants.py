@@ -1,13 +1,16 @@
 """Break the package in one place at a time and see whether a test notices: `make mutants`, or `python tests/mutants.py` with modules or numbers.
 A mutant is a line of `mutants`: module, a piece of its text that is there once, what takes its place, and the tests to run, by the name of a notebook
 or as pytest has them. It is applied to a copy of the repository, to the module and to its notebook. `why` says why one is expected to survive."""
-import json,os,re,shutil,subprocess,sys,tempfile,time
+import json,multiprocessing,os,re,shutil,sys,tempfile,time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 results = root/'tests/results/mutants.json'
-limit = 180 # Seconds a mutant
+limit = 300 # Seconds a mutant
+os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg', PYTHONDONTWRITEBYTECODE='1')
+processes = multiprocessing.get_context('forkserver')   # begin with everything imported but the package
+processes.set_forkserver_preload(['pytest','nbdev.test','hypothesis','torchvision.models','fastai.vision.all','fastai.callback.all'])
 
 def M(module, old, new, tests, why=None): return dict(module=module, old=old, new=new, tests=tests.split(), why=why)
 
@@ -135,16 +138,24 @@ def broken(m, top=root):
 def selection(m):
     return [f'tests/{o}' if o.endswith('.py') or '::' in o else f'tests/test_notebooks.py::test_notebook[{notebook(o).stem}]' for o in m['tests']]
 
+def _pytest(d, tests):
+    "Run `tests` of the copy in `d`, in a process of its own, whose exit status is pytest's"
+    import pytest
+    out = os.open(f'{d}/out.txt', os.O_WRONLY|os.O_CREAT)
+    for o in (1,2): os.dup2(out, o)
+    os.chdir(d); sys.path.insert(0, d); os.environ['PYTHONPATH'] = d
+    sys.exit(pytest.main(['-x','-q','--disable-warnings','-p','no:cacheprovider',*tests]))
+
 def run(tests, changes={}):
     "Whether `tests` pass in a copy of the repository with `changes`, and the first that didn't"
     with tempfile.TemporaryDirectory() as d:
         for o in ('sesemi_fastai','nbs','tests'): shutil.copytree(root/o, Path(d)/o, ignore=shutil.ignore_patterns('__pycache__','results','.ipynb_checkpoints'))
         for k,v in changes.items(): (Path(d)/k).write_text(v, encoding='utf-8')
-        env = os.environ|dict(PYTHONPATH=d, OMP_NUM_THREADS='1', MPLBACKEND='Agg', PYTHONDONTWRITEBYTECODE='1')
-        try: r = subprocess.run([sys.executable,'-m','pytest','-x','-q','--disable-warnings','-p','no:cacheprovider',*tests], cwd=d, env=env, capture_output=True, text=True, timeout=limit if changes else None)
-        except subprocess.TimeoutExpired: return 'time limit',None
-        failed = re.search(r'^(?:FAILED|ERROR) tests/(\S+)', r.stdout, re.M)
-        return ('survived',None) if r.returncode==0 else ('caught',failed[1]) if failed else ('error',r.stdout[-2000:]+r.stderr[-2000:])
+        p = processes.Process(target=_pytest, args=(d, tests))
+        p.start(); p.join(limit if changes else None)
+        if p.exitcode is None: p.kill(); p.join(); return 'time limit',None
+        out = (Path(d)/'out.txt').read_text(errors='replace'); failed = re.search(r'^(?:FAILED|ERROR) tests/(\S+)', out, re.M)
+        return ('survived',None) if p.exitcode==0 else ('caught',failed[1]) if failed else ('error',out[-2000:])
 
 def try_one(m):
     start = time.time(); outcome,by = run(selection(m), broken(m))
