@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow kills mutants prepare readme site clean
+.PHONY: demo test slow kills mutants bench prepare readme site clean
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/sesemi_imagewang --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
@@ -20,6 +20,10 @@ kills: $(VENV)/.installed
 # Does a test notice when the package is broken? 82 times; writes tests/results/mutants.json
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
+
+# How fast it is, against a plain loop; writes tests/benchmarks/results/bench. On a quiet machine; real images from SESEMI_TEST_DATA
+bench: $(VENV)/.installed
+	$(BIN)/python -W ignore tests/benchmarks/run.py $(BENCH)
 
 # After editing notebooks: modules, clean notebooks, README
 prepare: $(VENV)/.installed

@@ -17,6 +17,7 @@ from .images import *
 from .augment import *
 from .distributed import *
 from .data import *
+from .callback import *
 from .learner import *
 from .run import *
 from .resume import TrainingStopped
@@ -52,8 +53,9 @@ def seconds_per_step(
     for _ in range(3):
         start = time.time()
         with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16):
-            loss = learn.loss_func(model(xb), yb)+(0 if ub is None else model(ub.repeat(4,1,1,1)).float().square().mean())
-        loss.backward(); loss.item()
+            learn.loss_func(model(xb), yb).backward()
+            if ub is not None: model(ub.repeat(4,1,1,1)).float().square().mean().backward()
+        first(model.parameters()).grad.sum().item()
         times.append(time.time()-start)
     workers = dls.train.fake_l.num_workers
     return statistics.median(times)+load/max(1, min(workers, defaults.cpus))
@@ -130,6 +132,7 @@ def sesemi_imagewang(
     no_val:bool=False, # Keep val out of the unlabelled pool
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
+    backward:str='joint', # joint, or sequential: in about half the memory
     num_workers:int=None, # Worker processes; changes no result
     bn_groups:int=None, # Parts of a batch that BatchNorm normalises apart, 2 in the published runs [one for each process]
     exclude:str=None, # A JSON file that lists files to leave out, such as sesemi_doctor writes
@@ -151,7 +154,7 @@ def sesemi_imagewang(
         if k in ('size','epochs','unlabeled_bs','steps','runs','bn_groups') and v<1: raise ValueError(f"--{k} {v} must be 1 or more.")
     get_arch(given.get('arch', 'resnet50'))
     path,twin = local_first(get_data, data),twin or data=='sample'
-    cfg = RunConfig(str(path), data if data in ('sample',*_urls) else Path(data).name, seed=seed, recipe=recipe, val_in_pool=not no_val, bf16=bf16, exclude=exclude, on_bad_image=on_bad_image,
+    cfg = RunConfig(str(path), data if data in ('sample',*_urls) else Path(data).name, seed=seed, recipe=recipe, val_in_pool=not no_val, bf16=bf16, backward=backward, exclude=exclude, on_bad_image=on_bad_image,
                     **{**(_sample_defaults if data=='sample' else _defaults), **given})
     out = from_rank0(lambda: new_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
     dls = cfg.dls()
@@ -184,9 +187,9 @@ def run_command(
     args = vars(_parser(f).parse_args(args))
     say = lambda e: print(f'{f.__name__}: {printable(e)}', file=sys.stderr)
     try:
-        with redirect_stdout(open(os.devnull,'w')) if rank_distrib() else nullcontext(): f(**args)   # the first process speaks for all
+        with redirect_stdout(open(os.devnull,'w')) if rank_distrib() else nullcontext(), memory_advice(): f(**args)   # the first process speaks for all
     except TrainingStopped as e: say(e); sys.exit(128+e.signal)
-    except (ValueError, OSError, ImportError) as e: say(e); sys.exit(2)
+    except (ValueError, OSError, ImportError, MemoryError) as e: say(e); sys.exit(2)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 def main(args=None):

@@ -39,6 +39,7 @@ class RunConfig:
     val_in_pool:bool=True       # Whether validation images are among the unlabelled ones
     steps:int=None              # Steps an epoch, for trials; one pass by default
     bf16:bool=False             # bfloat16 autocast
+    backward:str='joint'        # Of `RotationPretext`: 'joint' or 'sequential'
     num_workers:int=None        # Worker processes; changes no result
     store:str=None              # Folder of decoded pictures, for recipes that keep them; 'none' decodes each time; changes no result
     bn_groups:int=None          # Parts of a batch that BatchNorm normalises apart, see `BatchNormGroups`; one for each process by default
@@ -121,7 +122,7 @@ def train_run(
         if main: learn.add_cb(PlainProgress())
     n,bs = dls.steps_per_epoch(cfg.processes),dls.train.bs*cfg.processes
     saver = ResumeTraining(folder/'resume', save_every, settings=cfg.settings(twin), command=command)
-    cbs = L(saver)+L(CSVLogger(folder.absolute()/'history.csv') if main else None)+L(None if twin else RotationPretext())
+    cbs = L(saver)+L(CSVLogger(folder.absolute()/'history.csv') if main else None)+L(None if twin else RotationPretext(backward=cfg.backward))
     with on_processes(learn, sync_bn=cfg.bn_groups==1): learn.fit_poly_warmup(cfg.epochs, cfg.lr, warmup_epochs=cfg.warmup_epochs, cbs=cbs)
     lrs,losses,acc = learn.recorder.hps['lr'],learn.recorder.losses,learn.recorder.values[-1][2]
     if cfg.processes>1: acc = learn.validate()[1]   # each image once, where the epoch's share was filled up

@@ -21,16 +21,8 @@ class DecodePicture:
     "Read a file as `(H,W,3)` uint8 with its short side at `side` pixels; raises `BadImageError`"
     def __init__(self, side:int): # Short side, in pixels
         self.side,self.resize = side,v2.Resize(side, antialias=True)
-    def size(self, w, h):
-        "Width and height of a picture of `w` × `h` after the resize"
-        short,long = min(w,h),max(w,h)
-        long = int(self.side*long/short)
-        return (self.side,long) if w<=h else (long,self.side)
     def __call__(self, path):
-        im = load_image(path)
-        w,h = self.size(*im.size)
-        if Image.MAX_IMAGE_PIXELS and w*h>Image.MAX_IMAGE_PIXELS: raise BadImageError(path, f"of {im.size[0]}×{im.size[1]} pixels it would become {w}×{h}")
-        return np.asarray(self.resize(im))
+        return np.asarray(self.resize(load_image(path)))
 
 # %% ../nbs/02_store.ipynb #a0f6ebc5
 _version = 1
@@ -117,11 +109,9 @@ def _bar(gen, total):
     "A progress bar where someone can see it"
     return progress_bar(gen, total=total, leave=False) if sys.stdout.isatty() or IN_NOTEBOOK else gen
 
-def _n_bytes(path, decode):
-    "Bytes of a picture after decoding, from the head of its file"
-    check_images([path])
-    with Image.open(path) as im: w,h = decode.size(*im.size)
-    return w*h*3
+def _n_bytes(path, side):
+    "About how many bytes the picture has after decoding, from the head of its file"
+    with opened(path) as im: return 3*side*side*min(32, max(im.size)/min(im.size))
 
 def _write_store(part, files, names, stats, decode, n_threads):
     "Decode `files` into the folder `part`"
@@ -148,7 +138,7 @@ def _swap(part, folder, old):
 def _build(folder, root, files, stats, decode, n_threads, why):
     "Make the store `folder`, under its lock"
     for o in folder.parent.glob(f'.{folder.name}-*.part'): shutil.rmtree(o, ignore_errors=True)   # of a process that was killed
-    need,free = sum(_in_order(partial(_n_bytes, decode=decode), files, n_threads)),shutil.disk_usage(folder.parent).free
+    need,free = math.ceil(sum(_in_order(partial(_n_bytes, side=decode.side), files, n_threads))),shutil.disk_usage(folder.parent).free
     if need>free: raise OSError(errno.ENOSPC, f'{need/1e9:.1f} GB are needed and {free/1e9:.1f} GB are free')
     print(f"{why}Storing {len(files):,} decoded pictures, {need/1e6:,.0f} MB, in {folder}", flush=True)
     part,old = (Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', suffix='.part', dir=folder.parent)) for _ in range(2))

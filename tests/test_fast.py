@@ -1,11 +1,12 @@
 "The fast recipe: the same pictures from a store, in every feature of a Learner"
-import json,os,shutil,subprocess,sys,warnings
-from functools import partial
+import json,os,shutil,subprocess,sys
+from pathlib import Path
 import numpy as np,pytest,torch
 from PIL import Image
-from torchvision.models import resnet18
 from fastai.vision.all import PILImage,accuracy
+from sesemi_fastai import imagewang
 from sesemi_fastai.all import *
+from sesemi_fastai.imagewang import main
 
 def paired(folder, recipe='fast', **kw):
     kw.setdefault('store', folder.parent/'store')
@@ -20,6 +21,12 @@ def learn(folder):
     res = sesemi_learner(paired(folder), resnet10, metrics=accuracy)
     quiet(res, 'fit_poly_warmup', 1, .01, cbs=RotationPretext())
     return res
+
+def command(capsys, *args):
+    "What the command prints, and its exit status"
+    try: main([str(o) for o in args]); status = 0
+    except SystemExit as e: status = e.code
+    return status,capsys.readouterr()
 
 def test_validation_pictures_are_the_references(folder):
     "To the bit, whatever the shape of the picture and the way it lies"
@@ -91,3 +98,35 @@ print([*map(float, learn.predict({str(image)!r})[2])])
     r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
     assert r.returncode==0, r.stderr
     assert torch.allclose(torch.tensor(json.loads(r.stdout.strip().splitlines()[-1])), want, atol=.02)
+
+def test_command(folder, tmp_path, capsys):
+    "`--recipe fast`: the plan says in which formats and why; the store is made once, and is no part of a result"
+    args = [folder,'--recipe','fast','--size',32,'--arch','resnet10','--epochs',1,'--unlabeled_bs',4,'--steps',2]
+    status,said = command(capsys, *args, '--out', tmp_path/'a', '--store', tmp_path/'store')
+    assert status==0, said.err
+    assert 'recipe fast, '+('bfloat16, channels last' if native_formats('cpu')[0] else 'float32, contiguous')+' on cpu (this CPU has ' in said.out
+    assert 'Storing 36 decoded pictures' in said.out and len(list_stores(tmp_path/'store'))==1
+    status,said = command(capsys, *args, '--out', tmp_path/'b', '--store', 'none')
+    assert status==0 and 'Storing' not in said.out
+    assert (tmp_path/'a/run-0/model.pth').read_bytes()==(tmp_path/'b/run-0/model.pth').read_bytes()
+    status,said = command(capsys, *args, '--out', tmp_path/'c', '--store', tmp_path/'store', '--backward', 'sequential')
+    assert status==0 and json.loads((tmp_path/'c/run-0/results.json').read_text())['backward']=='sequential'
+
+def test_not_enough_memory(folder, tmp_path, capsys, monkeypatch):
+    "A sentence with the way out, from the callback and from the command"
+    learn = sesemi_learner(paired(folder), resnet10, cbs=RotationPretext())
+    monkeypatch.setattr(learn.pretext.objective, 'loss', lambda *a: torch.empty(2**60))
+    with pytest.raises(MemoryError, match='smaller unlabeled_bs.*sequential'): quiet(learn, 'fit', 1)
+    monkeypatch.setattr(imagewang, 'seconds_per_step', lambda *a: torch.empty(2**60))
+    status,said = command(capsys, folder, '--recipe','fast','--size',32,'--arch','resnet10','--unlabeled_bs',4, '--out', tmp_path/'out', '--store', tmp_path/'store')
+    assert status==2 and len(said.err.strip().splitlines())==1 and 'not enough memory' in said.err
+
+def test_benchmarks_run(tmp_path):
+    "In their quick mode, on pictures they make: each writes its file, with the machine, and the pictures are drawn"
+    script = Path(__file__).parent/'benchmarks/run.py'
+    r = subprocess.run([sys.executable,'-W','ignore',str(script),'--quick','--out',str(tmp_path)], capture_output=True, text=True, env={k:v for k,v in os.environ.items() if k!='SESEMI_TEST_DATA'})
+    assert r.returncode==0, r.stderr[-3000:]
+    assert {o.name for o in tmp_path.iterdir()}=={f'{o}.json' for o in ('pipeline','overhead','memory','step','growth')}|{'summary.csv','bench.png','growth.png'}
+    rows = [r for o in tmp_path.glob('*.json') for r in json.loads(o.read_text())['rows']]
+    assert len(rows)>=13 and all(r['ratio']>=0 and r['low']<=r['ratio']<=r['high'] for r in rows)
+    assert json.loads((tmp_path/'step.json').read_text())['machine']['torch']==torch.__version__

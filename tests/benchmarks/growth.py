@@ -1,5 +1,6 @@
 "How start, store, memory and speed grow with the number of images, the batch and the number of workers"
-import functools,json,os,subprocess,sys,time
+import functools,multiprocessing,os,time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import torch
 from torchvision.models import resnet18
@@ -28,8 +29,9 @@ def start(root, store, size):
     "In a process of its own: seconds to make the store and to open it, its size, anonymous memory at each point"
     def opened():
         t = time.perf_counter()
-        dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=int(size), unlabeled_bs=4, seed=0, recipe='fast', num_workers=0, store=store, device='cpu', verbose=False)
+        dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=4, seed=0, recipe='fast', num_workers=0, store=store, device='cpu', verbose=False)
         return dls,time.perf_counter()-t
+    torch.set_num_threads(1)
     before = anonymous()
     dls,first = opened(); made = anonymous()
     dls,second = opened()
@@ -40,8 +42,7 @@ def start(root, store, size):
 def with_images(s):
     res,size = [],32 if s.quick else 64
     for n in ((40,160) if s.quick else (800,3200,12800)):
-        r = subprocess.run([sys.executable,'-W','ignore',__file__,str(copies(s, n)),str(s.work/f'store-{n}'),str(size)], capture_output=True, text=True, check=True)
-        res.append(json.loads(r.stdout.splitlines()[-1]))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('fork')) as ex: res.append(ex.submit(start, copies(s, n), s.work/f'store-{n}', size).result())
     return res
 
 def with_batch(s):
@@ -76,5 +77,3 @@ def run(s):
     rows = [ratio(f"with {more:.0f}× the images, {what}, over {'' if k!='pass_memory' else 'what '}{'linear' if k!='pass_memory' else 'it was'}", [b[k]/(more if k!='pass_memory' else 1)], [a[k]], None, unit, scale)
             for k,what,unit,scale in (('build_seconds','time to make the store','s',1),('open_seconds','time to open it','s',1),('store_bytes','store','MB',1e-6),('pass_memory','anonymous memory after a pass','MB',1e-6))]
     return rows,dict(images=images, batch=batch, workers=workers, worker_start_seconds=worker_start(s))
-
-if __name__=='__main__': print(json.dumps(start(*sys.argv[1:])))
