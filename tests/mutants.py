@@ -7,7 +7,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 results = root/'tests/results/mutants.json'
-limit = 300 # Seconds a mutant
+limit = 150 # Seconds a mutant
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg', PYTHONDONTWRITEBYTECODE='1')
 processes = multiprocessing.get_context('forkserver')   # begin with everything imported but the package
 processes.set_forkserver_preload(['pytest','nbdev.test','hypothesis','torchvision.models','fastai.vision.all','fastai.callback.all'])
