@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow mutants prepare readme site clean
+.PHONY: demo test slow kills mutants prepare readme site clean
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/sesemi_imagewang --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
@@ -12,6 +12,10 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests -m slow
+
+# Runs that are killed at random moments; writes tests/results/kills.json
+kills: $(VENV)/.installed
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests/test_resume.py -m slow
 
 # Does a test notice when the package is broken? 82 times; writes tests/results/mutants.json
 mutants: $(VENV)/.installed

@@ -338,6 +338,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'sesemi_fastai/optimizer.py'),
                                          'sesemi_fastai.optimizer._NesterovSGD.__repr__': ( 'optimizer.html#_nesterovsgd.__repr__',
                                                                                             'sesemi_fastai/optimizer.py'),
+                                         'sesemi_fastai.optimizer._align': ('optimizer.html#_align', 'sesemi_fastai/optimizer.py'),
                                          'sesemi_fastai.optimizer._torch_args': ( 'optimizer.html#_torch_args',
                                                                                   'sesemi_fastai/optimizer.py')},
             'sesemi_fastai.report': { 'sesemi_fastai.report.RunFolder': ('report.html#runfolder', 'sesemi_fastai/report.py'),

@@ -9,10 +9,17 @@ __all__ = ['NesterovSGD']
 from fastai.vision.all import *
 
 # %% ../nbs/09_optimizer.ipynb #40877031
-def _torch_args(mom, wd):
+def _torch_args(mom, wd, fused=False):
     "Arguments of `torch.optim.SGD`; none is left at None, which fastai's TensorBoard callback can't log"
-    args = dict(momentum=mom, weight_decay=wd, nesterov=mom>0, foreach=True)
-    return args|dict(fused=False) if 'fused' in inspect.signature(torch.optim.SGD).parameters else args
+    return dict(momentum=mom, weight_decay=wd, nesterov=mom>0, foreach=False, fused=fused)
+
+def _align(opt, args, kwargs):
+    "Gradients and momenta in the memory order of their parameters, which torch's fused step takes for granted"
+    for p in (p for g in opt.param_groups for p in g['params'] if p.grad is not None):
+        like = lambda t: t if t.stride()==p.stride() else torch.empty_like(p).copy_(t)
+        p.grad = like(p.grad)
+        state = opt.state.get(p)
+        if state and state.get('momentum_buffer') is not None: state['momentum_buffer'] = like(state['momentum_buffer'])
 
 class _NesterovSGD:
     def __call__(self,
@@ -22,7 +29,9 @@ class _NesterovSGD:
         wd:float=5e-4 # L2 penalty, added to the gradient of every parameter
     )->OptimWrapper:
         "SGD with Nesterov momentum: `v = mom·v + g + wd·p; p -= lr·(g + wd·p + mom·v)`, as in `torch.optim.SGD`"
-        return OptimWrapper(params, torch.optim.SGD, lr=lr, **_torch_args(mom, wd))
+        res = OptimWrapper(params, torch.optim.SGD, lr=lr, **_torch_args(mom, wd, fused=True))
+        res.opt.register_step_pre_hook(_align)
+        return res
     def __reduce__(self): return partial(OptimWrapper, opt=torch.optim.SGD, **_torch_args(.9, 5e-4)).__reduce__()
     def __repr__(self): return 'NesterovSGD'
 

@@ -78,11 +78,12 @@ def test_fit_flat_cos(make):
     assert learn.recorder.lrs[0]==.01 and learn.recorder.lrs[-1]<.0051 and (head(learn)!=before).any()
 
 def test_fit_poly_warmup_on_existing_optimizer(make):
-    "`fit_poly_warmup(cbs=…)` with an optimizer that exists: the head joins its last group and leaves again"
+    "`fit_poly_warmup(cbs=…)` with an optimizer that exists: rates as published; the head joins its last group and leaves again"
     learn = make(pretext=False); learn.create_opt(); n = len(learn.opt.all_params())
     cb = RotationPretext(); learn.fit_poly_warmup(1, .01, cbs=cb)
     assert len(learn.opt.all_params())==n and not any(p is cb.pretext_head.weight for p,*_ in learn.opt.all_params())
     assert not hasattr(learn,'pretext') and 'pretext_loss' in learn.recorder.metric_names
+    assert learn.recorder.hps['lr']==pytest.approx([1e-3]+[.01*(1-(t-.5)/3.5)**.5 for t in (1,2,3)])   # 4 steps, half of one warms up
 
 def test_fine_tune(make):
     "`fine_tune`, `freeze`, `unfreeze`: frozen layers stay while the head learns"

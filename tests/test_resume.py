@@ -2,6 +2,7 @@
 import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex,signal,socket,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
+from fastai.vision.all import Callback,ProgressCallback,noop
 from sesemi_fastai.all import *
 from sesemi_fastai.checkpoint import unpack_state
 from sesemi_fastai.imagewang import main
@@ -77,6 +78,28 @@ def test_killed_twice(processes, folder, tmp_path):
     for m in [('after_loss',4),('after_loss',3),('before_step',2)]: assert run(processes, folder, out, dict(num_workers=0), moment=m, log=log, every=2)==-signal.SIGKILL
     assert run(processes, folder, out, dict(num_workers=0), log=log, every=2)==0
     same(load(tmp_path/'whole.pt'), load(out))
+
+class Interrupt(Callback):
+    "Ctrl-C in the middle of a step, or in validation"
+    order = ProgressCallback.order
+    def __init__(self, step, training): self.step,self.while_training = step,training
+    def after_loss(self):
+        if self.learn.train_iter==self.step and self.training==self.while_training: signal.raise_signal(signal.SIGINT)
+
+@pytest.mark.parametrize('step,training,saved', [(3,True,4), (4,False,4)])
+def test_interrupt_in_a_notebook(folder, tmp_path, step, training, saved):
+    "Ctrl-C saves after the step, or at once in validation; the handlers are put back, and the same fit goes on"
+    def fit(*cbs):
+        cfg = RunConfig(str(folder), 'noise', size=32, epochs=2, arch='resnet10', unlabeled_bs=4, steps=4, num_workers=0)
+        learn = cfg.learner(cfg.dls()); learn.remove_cb(ProgressCallback); learn.logger = noop
+        learn.fit_poly_warmup(2, .05, cbs=[RotationPretext(), *cbs])
+        return learn
+    saver = lambda: ResumeTraining(tmp_path/'ckpt', every=100)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingStopped, match='run the same fit again'): fit(saver(), Interrupt(step, training))
+    assert [o.name for o in (tmp_path/'ckpt').iterdir()]==[f'step-{saved:09d}.ckpt'] and signal.getsignal(signal.SIGINT)==handler
+    a,b = fit(),fit(saver())
+    same(dict(a.model.state_dict()), dict(b.model.state_dict())); assert a.recorder.values==b.recorder.values
 
 def command(folder, out, *more):
     return [sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--num_workers','0','--runs','2','--steps','60','--out',str(out),*more]

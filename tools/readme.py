@@ -37,6 +37,15 @@ def mutants():
     return '\n'.join([f"Of {len(res)} breakages {n} were noticed.", '', '| module | instead of | stands | noticed by |', '| --- | --- | --- | --- |',
         *(f"| {o['module']} | {code(o['old'])} | {code(o['new'])} | "+(f"`{o['by'].split('::')[-1]}`" if o['by'] else f"the time limit" if o['outcome']=='time limit' else f"nothing: {o['why']}")+' |' for o in res)])
 
+def kills():
+    "What the runs of tests/test_resume.py survived"
+    res = json.loads((root/'tests/results/kills.json').read_text(encoding='utf-8'))
+    places = list(next(iter(res.values()))['kills'])
+    n = sum(sum(o['kills'].values()) for o in res.values())
+    return '\n'.join([f"{n} kills over {len(res)} settings, in {sum(o['runs'] for o in res.values())} runs: each ended as the run that was never stopped, to the bit.", '',
+        '| settings | '+' | '.join(o.replace('_',' ') for o in places)+' |', '| --- |'+' --- |'*len(places),
+        *(f"| {k} | "+' | '.join(str(o['kills'][p]) for p in places)+' |' for k,o in res.items())])
+
 def with_table(text, table):
     "The notebook's source with the table between its two marks"
     nb = nbformat.reads(text, 4)
@@ -46,7 +55,7 @@ def with_table(text, table):
 
 if __name__=='__main__':
     texts = {root/'README.md': render()}
-    for name,rows in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants())):
+    for name,rows in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills())):
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_table(page.read_text(encoding='utf-8'), rows)
     for path,text in texts.items():
         if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')

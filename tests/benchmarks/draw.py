@@ -1,0 +1,38 @@
+"The results as a picture"
+import json
+from pathlib import Path
+import matplotlib; matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+colours = dict(plain='tab:gray', reference='tab:blue', fast='tab:orange')
+
+def bars(ax, rows):
+    "Ratios as points with their range, targets as lines"
+    for i,r in enumerate(reversed(rows)):
+        good = r['target'] is None or (r['ratio']>=r['target'] if r['target']>2 else r['ratio']<=r['target'])
+        ax.plot([r['low'],r['high']], [i,i], color='black', lw=1); ax.plot(r['ratio'], i, 'o', color='tab:green' if good else 'tab:red')
+        if r['target']: ax.plot([r['target']]*2, [i-.35,i+.35], color='tab:gray', ls='--')
+    ax.set_yticks(range(len(rows)), [r['name'] for r in reversed(rows)], fontsize=7)
+    ax.set_xscale('log'); ax.set_xlabel('ratio: dot median, line range, dashes what is wanted')
+    ticks = [.25,.5,1,2,4,8]; ax.set_xticks(ticks, map(str, ticks)); ax.minorticks_off(); ax.grid(axis='x', alpha=.3)
+
+def lines(ax, data, x, keys, title, ylabel, log=True, scale=1.):
+    for k in keys: ax.plot([o[x] for o in data], [o[k]*scale for o in data], marker='.', label=k, color=colours.get(k))
+    if log: ax.set_xscale('log', base=2); ax.set_yscale('log', base=2)
+    ax.set_title(title, fontsize=9); ax.set_xlabel(x, fontsize=8); ax.set_ylabel(ylabel, fontsize=8); ax.legend(fontsize=7); ax.tick_params(labelsize=7)
+
+def draw(out):
+    "Write `bench.png` from the JSON files of `out`"
+    res = {o.stem:json.loads(o.read_text()) for o in Path(out).glob('*.json')}
+    rows = [r for k in ('step','pipeline','overhead','memory') if k in res for r in res[k]['rows']]
+    if rows:
+        fig,ax = plt.subplots(figsize=(9,.32*len(rows)+1.2), layout='constrained')
+        bars(ax, rows); fig.savefig(Path(out)/'bench.png', dpi=110); plt.close(fig)
+    if 'growth' in res:
+        g = res['growth']['raw']
+        fig,axs = plt.subplots(1, 4, figsize=(13,3), layout='constrained')
+        lines(axs[0], g['images'], 'images', ('build_seconds','open_seconds'), 'Time to make and to open the store', 's')
+        lines(axs[1], g['images'], 'images', ('store_bytes','pass_memory'), 'Store, and anonymous memory after a pass', 'MB', scale=1e-6)
+        lines(axs[2], g['batch'], 'images', ('plain','reference','fast'), 'A step, by images in it', 's')
+        lines(axs[3], g['workers'], 'workers', ('plain','reference','fast'), 'Data alone, by workers', 'images/s', log=False)
+        fig.savefig(Path(out)/'growth.png', dpi=110); plt.close(fig)

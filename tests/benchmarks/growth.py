@@ -1,0 +1,80 @@
+"How start, store, memory and speed grow with the number of images, the batch and the number of workers"
+import functools,json,os,subprocess,sys,time
+from pathlib import Path
+import torch
+from torchvision.models import resnet18
+from sesemi_fastai.all import *
+from common import *
+from pipeline import loaders,one_pass
+from step import arms
+
+def copies(s, n):
+    "A folder of `n` labelled pictures and 2 a class for validation, by links to the pictures of `small_images`"
+    src,root = small_images(s),s.work/f'growth-{n}'
+    files = sorted(o for o in src.rglob('*') if o.suffix.lower() in ('.jpg','.jpeg'))
+    for i in range(n):
+        d = root/f'train/c{i%10}'; d.mkdir(parents=True, exist_ok=True)
+        os.link(files[i%len(files)], d/f'{i}.jpg')
+    for i in range(20):
+        d = root/f'val/c{i%10}'; d.mkdir(parents=True, exist_ok=True)
+        os.link(files[i], d/f'{i}.jpg')
+    return root
+
+def anonymous():
+    "Bytes of memory of this process that no file stands behind"
+    return 1024*next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
+
+def start(root, store, size):
+    "In a process of its own: seconds to make the store and to open it, its size, anonymous memory at each point"
+    def opened():
+        t = time.perf_counter()
+        dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=int(size), unlabeled_bs=4, seed=0, recipe='fast', num_workers=0, store=store, device='cpu', verbose=False)
+        return dls,time.perf_counter()-t
+    before = anonymous()
+    dls,first = opened(); made = anonymous()
+    dls,second = opened()
+    one_pass(dls.unlabeled)
+    return dict(images=len(dls.unlabeled.dataset), build_seconds=first, open_seconds=second, store_bytes=list_stores(store)[0]['bytes'],
+                build_memory=made-before, pass_memory=anonymous()-before)
+
+def with_images(s):
+    res,size = [],32 if s.quick else 64
+    for n in ((40,160) if s.quick else (800,3200,12800)):
+        r = subprocess.run([sys.executable,'-W','ignore',__file__,str(copies(s, n)),str(s.work/f'store-{n}'),str(size)], capture_output=True, text=True, check=True)
+        res.append(json.loads(r.stdout.splitlines()[-1]))
+    return res
+
+def with_batch(s):
+    res = []
+    for ubs in ((2,4) if s.quick else (4,8,16,32,64)):
+        arch,size,steps = (resnet10,32,2) if s.quick else (resnet18,64,max(4,96//ubs))
+        t = rounds(arms(arch, small_images(s), size, ubs, steps, s), 1 if s.quick else 3)
+        res.append(dict(images=8*ubs, **{k:min(v)/steps for k,v in t.items()}))
+    return res
+
+def with_workers(s):
+    res = []
+    for nw in ((0,1) if s.quick else (0,1,2,4)):
+        size,bs = (32,8) if s.quick else (224,32)
+        dls,n = loaders(large_images(s), size, bs, s, nw)
+        t = rounds({k:functools.partial(one_pass, o) for k,o in dls.items()}, 1 if s.quick else 3)
+        res.append(dict(workers=nw, **{k:n/min(v) for k,v in t.items()}))
+    return res
+
+def worker_start(s):
+    "Seconds that an epoch's start costs with two workers, over what its batches cost"
+    dls,n = loaders(small_images(s), 32, 8, s, 2)
+    dl = dls['fast']; dl.n_steps = 1
+    t = time.perf_counter()
+    for _ in range(5): one_pass(dl)
+    return (time.perf_counter()-t)/5
+
+def run(s):
+    images,batch,workers = with_images(s),with_batch(s),with_workers(s)
+    a,b = images[0],images[-1]
+    more = b['images']/a['images']
+    rows = [ratio(f"with {more:.0f}× the images, {what}, over {'' if k!='pass_memory' else 'what '}{'linear' if k!='pass_memory' else 'it was'}", [b[k]/(more if k!='pass_memory' else 1)], [a[k]], None, unit, scale)
+            for k,what,unit,scale in (('build_seconds','time to make the store','s',1),('open_seconds','time to open it','s',1),('store_bytes','store','MB',1e-6),('pass_memory','anonymous memory after a pass','MB',1e-6))]
+    return rows,dict(images=images, batch=batch, workers=workers, worker_start_seconds=worker_start(s))
+
+if __name__=='__main__': print(json.dumps(start(*sys.argv[1:])))
