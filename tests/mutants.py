@@ -1,13 +1,14 @@
-"""Break the package in one place at a time and see whether a test notices: `make mutants`, or `python tests/mutants.py` with modules or numbers.
+"""Break the package in one place at a time and see whether a test notices: `make mutants`, or `python tests/mutants.py` with modules,
+or with `missing` for those that have no result yet. Results are kept as they come.
 A mutant is a line of `mutants`: module, a piece of its text that is there once, what takes its place, and the tests to run, by the name of a notebook
 or as pytest has them. It is applied to a copy of the repository, to the module and to its notebook. `why` says why one is expected to survive."""
-import json,multiprocessing,os,re,shutil,sys,tempfile,time
+import json,multiprocessing,os,re,shutil,sys,tempfile,threading,time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 results = root/'tests/results/mutants.json'
-limit = 300 # Seconds a mutant
+limit,wait = 150,1200 # Seconds of computing, and of waiting, after which a mutant hangs
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg', PYTHONDONTWRITEBYTECODE='1')
 processes = multiprocessing.get_context('forkserver')   # begin with everything imported but the package
 processes.set_forkserver_preload(['pytest','nbdev.test','hypothesis','torchvision.models','fastai.vision.all','fastai.callback.all'])
@@ -140,7 +141,8 @@ def selection(m):
 
 def _pytest(d, tests):
     "Run `tests` of the copy in `d`, in a process of its own, whose exit status is pytest's"
-    import pytest
+    import pytest,resource
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     out = os.open(f'{d}/out.txt', os.O_WRONLY|os.O_CREAT)
     for o in (1,2): os.dup2(out, o)
     os.chdir(d); sys.path.insert(0, d); os.environ['PYTHONPATH'] = d
@@ -152,8 +154,9 @@ def run(tests, changes={}):
         for o in ('sesemi_fastai','nbs','tests'): shutil.copytree(root/o, Path(d)/o, ignore=shutil.ignore_patterns('__pycache__','results','.ipynb_checkpoints'))
         for k,v in changes.items(): (Path(d)/k).write_text(v, encoding='utf-8')
         p = processes.Process(target=_pytest, args=(d, tests))
-        p.start(); p.join(limit if changes else None)
-        if p.exitcode is None: p.kill(); p.join(); return 'time limit',None
+        p.start(); p.join(wait)
+        if p.exitcode is None: p.kill(); p.join(); return 'hangs',None
+        if p.exitcode<0: return 'hangs',None
         out = (Path(d)/'out.txt').read_text(errors='replace'); failed = re.search(r'^(?:FAILED|ERROR) tests/(\S+)', out, re.M)
         return ('survived',None) if p.exitcode==0 else ('caught',failed[1]) if failed else ('error',out[-2000:])
 
@@ -163,19 +166,25 @@ def try_one(m):
     return dict(m, outcome=outcome, by=by, seconds=round(time.time()-start, 1))
 
 def main(args):
-    which = [m for i,m in enumerate(mutants) if not args or m['module'] in args or str(i) in args]
-    for m in which: broken(m)     # all apply, before any is tried
-    tests,n = sorted({t for m in which for t in selection(m)}),os.cpu_count()
+    key = lambda o: (o['module'],o['old'],o['new'])
+    have = {key(o):o for o in (json.loads(results.read_text()) if results.exists() else [])}
+    which = [m for m in mutants if not args or m['module'] in args or ('missing' in args and key(m) not in have)]
+    for m in mutants: broken(m)     # all apply, before any is tried
+    tests,n,lock = sorted({t for m in which for t in selection(m)}),os.cpu_count(),threading.Lock()
+    def f(m):
+        r = try_one(m)
+        with lock:
+            have[key(m)] = r; results.parent.mkdir(exist_ok=True)
+            results.write_text(json.dumps([have[key(o)] for o in mutants if key(o) in have], indent=1)+'\n')
     with ThreadPoolExecutor(n) as ex:
-        for outcome,by in ex.map(run, [tests[i::n] for i in range(min(n, len(tests)))]):
-            if outcome!='survived': raise SystemExit(f'Without any mutant {by} fails: mend that first.')
+        for outcome,by in ex.map(run, [[t] for t in tests]):
+            if outcome!='survived': raise SystemExit(f'Without any mutant {by or outcome}: mend that first.')
         print(f'Without any mutant all pass; {len(which)} to try', flush=True)
-        res = list(ex.map(try_one, which))
-    n = sum(o['outcome'] in ('caught','time limit') for o in res)
-    print(f'{n} of {len(res)} caught')
-    for o in res:
-        if o['outcome'] not in ('caught','time limit'): print(f"{o['outcome']}: {o['module']}, {o['old']!r} -> {o['new']!r}: {o['why'] or o['by'] or 'no reason is known'}")
-    if not args: results.parent.mkdir(exist_ok=True); results.write_text(json.dumps(res, indent=1)+'\n')
-    return any(o['outcome'] not in ('caught','time limit') and not o['why'] for o in res)
+        list(ex.map(f, which))
+    res = [have[key(m)] for m in mutants if key(m) in have]
+    print(f"{sum(o['outcome'] in ('caught','hangs') for o in res)} of {len(res)} noticed; {len(mutants)-len(res)} not tried")
+    left = [o for o in res if o['outcome'] not in ('caught','hangs')]
+    for o in left: print(f"{o['outcome']}: {o['module']}, {o['old']!r} -> {o['new']!r}: {o['why'] or o['by'] or 'no reason is known'}")
+    return any(not o['why'] for o in left)
 
 if __name__=='__main__': sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """What data can be like at its worst, each with its outcome; a test's docstring says both, and the page of hard cases is made from them.
 The files are made here. 'Named' means: one sentence with the file's path, the reason and the way out."""
-import contextlib,io,json,os,shutil,tarfile,tempfile
+import contextlib,io,json,os,shutil,signal,tarfile,tempfile
 from pathlib import Path
 import numpy as np,pytest,torch
 from hypothesis import given,settings,strategies as st
@@ -54,7 +54,9 @@ def test_image_under_another_formats_name(folder):
 
 def test_pipe_under_an_images_name(folder):
     "a named pipe called .png: named before training, and not waited for"
-    os.mkfifo(folder/'unsup/x.png'); named(folder, folder/'unsup/x.png', 'neither a file')
+    os.mkfifo(folder/'unsup/x.png')
+    def late(*args): raise TimeoutError('it was waited for')
+    signal.signal(signal.SIGALRM, late); signal.alarm(60); named(folder, folder/'unsup/x.png', 'neither a file'); signal.alarm(0)
 
 def test_folder_under_an_images_name(folder):
     "a folder called .png: a folder"

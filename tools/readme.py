@@ -35,7 +35,7 @@ def mutants():
     res,code = json.loads((root/'tests/results/mutants.json').read_text(encoding='utf-8')),lambda s: '`` '+' '.join(s.replace('|','\\|').split())+' ``' if s.strip() else 'nothing'
     n = sum(o['outcome']!='survived' for o in res)
     return '\n'.join([f"Of {len(res)} breakages {n} were noticed.", '', '| module | instead of | stands | noticed by |', '| --- | --- | --- | --- |',
-        *(f"| {o['module']} | {code(o['old'])} | {code(o['new'])} | "+(f"`{o['by'].split('::')[-1]}`" if o['by'] else f"the time limit" if o['outcome']=='time limit' else f"nothing: {o['why']}")+' |' for o in res)])
+        *(f"| {o['module']} | {code(o['old'])} | {code(o['new'])} | "+(f"`{o['by'].split('::')[-1]}`" if o['by'] else f"it hangs" if o['outcome']=='hangs' else f"nothing: {o['why']}")+' |' for o in res)])
 
 def kills():
     "What the runs of tests/test_resume.py survived"
