@@ -18,6 +18,7 @@ from .callback import *
 from .show import *
 from .optimizer import *
 from .schedule import *
+from .step import *
 from .learner import *
 from .report import *
 from .checkpoint import *

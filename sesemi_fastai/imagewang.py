@@ -18,6 +18,7 @@ from .augment import *
 from .distributed import *
 from .data import *
 from .callback import *
+from .step import *
 from .learner import *
 from .run import *
 from .resume import TrainingStopped

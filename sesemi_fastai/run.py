@@ -16,6 +16,7 @@ from .images import *
 from .streams import *
 from .distributed import *
 from .data import *
+from .step import *
 from .learner import *
 from .callback import *
 from .schedule import *

@@ -2,7 +2,9 @@
 import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex,signal,socket,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
-from fastai.vision.all import Callback,ProgressCallback,noop
+from torch import nn
+from fastai.vision.all import (Callback,GradientAccumulation,ImageDataLoaders,Learner,ProgressCallback,Resize,accuracy,aug_transforms,
+    get_image_files,noop,set_seed)
 from sesemi_fastai.all import *
 from sesemi_fastai.checkpoint import unpack_state
 from sesemi_fastai.imagewang import main
@@ -100,6 +102,31 @@ def test_interrupt_in_a_notebook(folder, tmp_path, step, training, saved):
     assert [o.name for o in (tmp_path/'ckpt').iterdir()]==[f'step-{saved:09d}.ckpt'] and signal.getsignal(signal.SIGINT)==handler
     a,b = fit(),fit(saver())
     same(dict(a.model.state_dict()), dict(b.model.state_dict())); assert a.recorder.values==b.recorder.values
+
+class Cut(Callback):
+    "Breaks off after a step"
+    order = ProgressCallback.order
+    def __init__(self, at): self.at = at
+    def after_batch(self):
+        if self.training and self.learn.train_iter==self.at: raise RuntimeError('cut')
+
+def test_generators_and_accumulation_come_back(folder, tmp_path):
+    "a Learner whose dropout and batch transforms draw from the global generators, and that accumulates gradients over steps"
+    def fit(seed, *cbs):
+        set_seed(0)
+        own = ImageDataLoaders.from_folder(folder, train='train', valid='val', item_tfms=Resize(32), batch_tfms=aug_transforms(size=32), bs=8, num_workers=0)
+        dls = PairedDataLoaders.from_dls(own, get_image_files(folder/'unsup'), unlabeled_bs=4, seed=0)
+        model = replace_classifier(resnet10(), torch.randn(2,3,32,32), 3, .5)
+        learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), path=tmp_path, cbs=GradientAccumulation(16), metrics=accuracy)
+        learn.remove_cb(ProgressCallback); learn.logger = noop
+        learn.add_cb(RotationPretext())
+        set_seed(seed)
+        learn.fit_one_cycle(3, .01, cbs=cbs)
+        return learn
+    with pytest.raises(RuntimeError, match='cut'): fit(1, ResumeTraining(tmp_path/'ckpt', 1), Cut(6))
+    a,b = fit(1),fit(2, ResumeTraining(tmp_path/'ckpt', 1))   # the seed of the second is not what decides
+    same(dict(a.model.state_dict()), dict(b.model.state_dict())); assert a.recorder.values==b.recorder.values
+    assert len(a.recorder.losses)==9 and torch.equal(torch.stack(a.recorder.losses), torch.stack(b.recorder.losses))
 
 def command(folder, out, *more):
     return [sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--num_workers','0','--runs','2','--steps','60','--out',str(out),*more]
