@@ -156,14 +156,16 @@ def _newest(self:ResumeTraining)->tuple: # State and path, or two None
     "The newest checkpoint that is whole, and that all processes have"
     paths = sorted(self._folder.glob(self._name('*')), reverse=True)
     if not rank_distrib(): paths = [o for o in paths if 'rank' not in o.name]
-    whole = {}
+    whole,refused = {},0
     for path in paths:
         try: whole[path.name[:14]] = read_checkpoint(path),path
-        except CheckpointError as e: print(f"{e}: it is left alone, the one before it is used.", flush=True)
+        except CheckpointError as e: refused += 1; print(f"{e}: it is left alone, the one before it is used.", flush=True)
         if whole and num_distrib()<2: break
     shared = set.intersection(*map(set, from_all(list(whole))))
-    if any(from_all(bool(paths))) and not shared: raise CheckpointError(f"None of the checkpoints in {self._folder} can be used: name another folder to train from the start.")
-    return whole[max(shared)] if shared else (None,None)
+    if shared: return whole[max(shared)]
+    # processes that were killed at their first save can have one checkpoint that the others lack, and none before it
+    if any(from_all(refused or len(whole)>1)): raise CheckpointError(f"None of the checkpoints in {self._folder} can be used: name another folder to train from the start.")
+    return None,None
 
 @patch
 def _name(self:ResumeTraining, step): return f"step-{step if step=='*' else format(step,'09d')}{f'-rank{rank_distrib()}' if rank_distrib() else ''}.ckpt"

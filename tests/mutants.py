@@ -38,7 +38,7 @@ mutants = [
     M('augment', "torch.arange(256.)*(1/255)", "torch.arange(256.)*(1/256)", 'augment'),
     M('store', "int((have!=want).sum())", "0", 'store'),
     M('store', "if zlib.crc32(self._picture(i))!=self.index['crc'][i]: raise", "if False: raise", 'store'),
-    M('store', "long = int(self.side*long/short)", "long = round(self.side*long/short)", 'store test_fast.py'),
+    M('store', "np.asarray(self.resize(load_image(path)))", "np.asarray(load_image(path).resize((self.side,self.side)))", 'store test_fast.py'),
     M('store', "            o += px.nbytes\n", "", 'store'),
     M('streams', "hashlib.blake2b(repr(parts).encode()", "hashlib.blake2b(repr(parts[:2]).encode()", 'streams'),
     M('streams', "np.random.seed(key%2**32); ", "", 'streams'),
