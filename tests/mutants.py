@@ -109,7 +109,7 @@ mutants = [
     M('resume', "if then.get(k)!=now.get(k)]", "if False]", 'resume'),
     M('resume', "if self._begun: self.rows.append(list(self.recorder.log))", "pass", 'resume test_resume.py::test_killed_twice'),
     M('run', "learn.recorder.values[-1][2]", "learn.recorder.values[0][2]", 'run test_runs.py::test_command_with_twin'),
-    M('run', "L(None if twin else RotationPretext())", "L(RotationPretext())", 'run'),
+    M('run', "L(None if twin else RotationPretext(backward=cfg.backward))", "L(RotationPretext())", 'run'),
     M('imagewang', "seed=cfg.seed+i", "seed=cfg.seed", 'test_runs.py::test_command_with_twin'),
     M('imagewang', "val_in_pool=not no_val", "val_in_pool=True", 'imagewang'),
     M('copies', "max_bits:int=8,", "max_bits:int=2,", 'copies'),
