@@ -154,11 +154,9 @@ def _begin(self:ResumeTraining):
 @patch
 def _newest(self:ResumeTraining)->tuple: # State and path, or two None
     "The newest checkpoint that is whole, and that all processes have"
-    paths = sorted(self._folder.glob(self._name('*')), reverse=True)
-    if not rank_distrib(): paths = [o for o in paths if 'rank' not in o.name]
     whole,refused = {},0
-    for path in paths:
-        try: whole[path.name[:14]] = read_checkpoint(path),path
+    for path in reversed(self._paths()):
+        try: whole[_step(path)] = read_checkpoint(path),path
         except CheckpointError as e: refused += 1; print(f"{e}: it is left alone, the one before it is used.", flush=True)
         if whole and num_distrib()<2: break
     shared = set.intersection(*map(set, from_all(list(whole))))
@@ -167,8 +165,12 @@ def _newest(self:ResumeTraining)->tuple: # State and path, or two None
     if any(from_all(refused or len(whole)>1)): raise CheckpointError(f"None of the checkpoints in {self._folder} can be used: name another folder to train from the start.")
     return None,None
 
+def _step(path): return path.stem.partition('-rank')[0]   # a run's end comes after the last step
+
 @patch
-def _name(self:ResumeTraining, step): return f"step-{step if step=='*' else format(step,'09d')}{f'-rank{rank_distrib()}' if rank_distrib() else ''}.ckpt"
+def _paths(self:ResumeTraining):
+    "Checkpoints of this process, the newest last"
+    return sorted((o for o in self._folder.glob('step-*.ckpt') if o.stem.partition('-rank')[2]==(str(rank_distrib()) if rank_distrib() else '')), key=_step)
 
 @patch
 def _save(self:ResumeTraining, progress):
@@ -176,9 +178,8 @@ def _save(self:ResumeTraining, progress):
     now,step = time.time(),progress['train_iter']
     state = dict(done=False)|progress|dict(weights=get_weights(self.learn), settings=self._now, seconds=self.seconds+now-self._start)
     try:
-        write_checkpoint(self._folder/self._name(step), state)
-        mine = [o for o in sorted(self._folder.glob(self._name('*'))) if bool(rank_distrib())==('rank' in o.name) and is_checkpoint(o)]
-        for o in mine[:-2]: o.unlink()
+        write_checkpoint(self._folder/f"step-{step:09d}{'-end'*state['done']}{f'-rank{rank_distrib()}' if rank_distrib() else ''}.ckpt", state)
+        for o in [o for o in self._paths() if is_checkpoint(o)][:-2]: o.unlink()
         self._saved = now,step
     except OSError as e:
         warn(f"The checkpoint of step {step} can't be written to {self._folder} ({e.strerror}): training goes on, the last good one is {step-self._saved[1]} steps old.")

@@ -105,7 +105,7 @@ mutants = [
     M('resume', "enumerate(learn.dl, state['step'])", "enumerate(learn.dl)", 'resume test_resume.py::test_killed_twice'),
     M('resume', "if self._from and learn.epoch<self._from['epoch']: return", "pass", 'resume'),
     M('resume', "if due or last or self._signal", "if due or self._signal", 'test_resume.py::test_interrupt_in_a_notebook'),
-    M('resume', "for o in mine[:-2]", "for o in mine[:-1]", 'resume'),
+    M('resume', "if is_checkpoint(o)][:-2]", "if is_checkpoint(o)][:-1]", 'resume'),
     M('resume', "if then.get(k)!=now.get(k)]", "if False]", 'resume'),
     M('resume', "if self._begun: self.rows.append(list(self.recorder.log))", "pass", 'resume test_resume.py::test_killed_twice'),
     M('run', "learn.recorder.values[-1][2]", "learn.recorder.values[0][2]", 'run test_runs.py::test_command_with_twin'),
