@@ -147,6 +147,7 @@ def _pytest(d, tests):
     "Run `tests` of the copy in `d`, in a process of its own, whose exit status is pytest's"
     import pytest,resource
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    multiprocessing.set_start_method('fork', force=True)   # loaders' workers, which know what a notebook defines
     out = os.open(f'{d}/out.txt', os.O_WRONLY|os.O_CREAT)
     for o in (1,2): os.dup2(out, o)
     os.chdir(d); sys.path.insert(0, d); os.environ['PYTHONPATH'] = d
