@@ -46,6 +46,19 @@ def kills():
         '| settings | '+' | '.join(o.replace('_',' ') for o in places)+' |', '| --- |'+' --- |'*len(places),
         *(f"| {k} | "+' | '.join(str(o['kills'][p]) for p in places)+' |' for k,o in res.items())])
 
+def benchmarks():
+    "The ratios of the last `make bench`, and what they were measured on"
+    home = root/'tests/benchmarks/results'
+    res = {o:json.loads((home/f'bench/{o}.json').read_text(encoding='utf-8')) for o in ('step','pipeline','overhead','memory','growth') if (home/f'bench/{o}.json').exists()}
+    if not res: return 'Not run yet: `make bench`.'
+    num = lambda v,unit: f'{v:.3g} {unit}' if v<1000 else f'{v:,.0f} {unit}'
+    rows = ['| figure | ratio | pairs | ours | other | wanted |','| --- | --- | --- | --- | --- | --- |']
+    for r in (r for o in res.values() for r in o['rows']):
+        spread = f" ({r['low']:.2f} to {r['high']:.2f})" if r['pairs']>1 else ''
+        rows.append(f"| {r['name']} | {r['ratio']:.2f}×{spread} | {r['pairs']} | {num(r['mine'],r['unit'])} | {num(r['other'],r['unit'])} | "+(f"{'≥' if r['target']>2 else '≤'} {r['target']:.2f}× |" if r['target'] else '|'))
+    m = next(iter(res.values()))['machine']
+    return '\n'.join([*rows, '', f"Measured on {m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, torch {m['torch']}, commit {m['commit']}, {m['time']}.", '', '![Ratios](images/bench.png)', '![Growth](images/growth.png)'])
+
 def with_table(text, table):
     "The notebook's source with the table between its two marks"
     nb = nbformat.reads(text, 4)
@@ -55,7 +68,7 @@ def with_table(text, table):
 
 if __name__=='__main__':
     texts = {root/'README.md': render()}
-    for name,rows in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills())):
+    for name,rows in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks())):
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_table(page.read_text(encoding='utf-8'), rows)
     for path,text in texts.items():
         if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')

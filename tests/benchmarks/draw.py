@@ -18,7 +18,9 @@ def bars(ax, rows):
 
 def lines(ax, data, x, keys, title, ylabel, log=True, scale=1.):
     for k in keys: ax.plot([o[x] for o in data], [o[k]*scale for o in data], marker='.', label=k, color=colours.get(k))
-    if log: ax.set_xscale('log', base=2); ax.set_yscale('log', base=2)
+    if log: ax.set_xscale('log'); ax.set_yscale('log')
+    ax.set_xticks([o[x] for o in data], [f'{o[x]:,}' for o in data]); ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda v,_: f'{v:g}')
     ax.set_title(title, fontsize=9); ax.set_xlabel(x, fontsize=8); ax.set_ylabel(ylabel, fontsize=8); ax.legend(fontsize=7); ax.tick_params(labelsize=7)
 
 def draw(out):

@@ -1,5 +1,5 @@
 "Peak memory of a training step, joint and sequential backward: by torch's own allocator, and of a process of its own"
-import gc,json,logging,resource,subprocess,sys,tempfile
+import gc,json,subprocess,sys,tempfile
 from pathlib import Path
 import torch
 from torch import nn
@@ -32,6 +32,25 @@ def allocated(learn):
     first = events[0]['args']
     return max(e['args']['Total Allocated'] for e in events)-(first['Total Allocated']-first['Bytes'])
 
+class Saved:
+    "What autograd keeps for the backward pass: counted by storage, as long as it is kept"
+    bytes,peak,uses,params = 0,0,{},set()
+    def __init__(self, t):
+        self.t,self.key,n = t,t.untyped_storage().data_ptr(),t.untyped_storage().nbytes()
+        if self.key in Saved.params: return
+        if not Saved.uses.get(self.key): Saved.bytes += n; Saved.peak = max(Saved.peak, Saved.bytes)
+        Saved.uses[self.key] = Saved.uses.get(self.key, 0)+1
+    def __del__(self):
+        if self.key in Saved.params: return
+        Saved.uses[self.key] -= 1
+        if not Saved.uses[self.key]: Saved.bytes -= self.t.untyped_storage().nbytes()
+
+def activations(learn):
+    "Most bytes of activations that were kept at once"
+    Saved.bytes,Saved.peak,Saved.uses,Saved.params = 0,0,{},{p.untyped_storage().data_ptr() for p in learn.model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda o: o.t): fit(learn)
+    return Saved.peak
+
 def resident(*args):
     "Peak resident memory of a process that makes two steps, over that of one that makes none"
     peak = lambda n: int(subprocess.run([sys.executable,'-W','ignore',__file__,*map(str, args),str(n)], capture_output=True, text=True, check=True).stdout.split()[-1])
@@ -41,10 +60,10 @@ def run(s):
     rows,raw = [],[]
     for arch,size,ubs in ([('resnet10',32,8)] if s.quick else [('resnet18',64,32),('resnet50',128,16)]):
         what = f'{arch}, {size} px, {4*ubs}+4×{ubs} images'
-        got = {k:dict(allocated=allocated(learner(arch, size, ubs, k))) for k in ('joint','sequential')}
+        got = {k:dict(activation=activations(learner(arch, size, ubs, k)), allocated=allocated(learner(arch, size, ubs, k))) for k in ('joint','sequential')}
         if not s.quick:                                     # a small network doesn't show beside what a process takes
             for k,o in got.items(): o['resident'] = resident(arch, size, ubs, k)
-        for k,target in [('allocated',.60),('resident',None)][:len(got['joint'])]:
+        for k,target in [('activation',.60 if not s.quick else None),('allocated',None),('resident',None)][:len(got['joint'])]:
             rows.append(ratio(f'peak {k} memory of a step, sequential against joint: {what}', [got['sequential'][k]], [got['joint'][k]], target, 'MB', 1e-6))
         raw.append(dict(what=what, bytes=got))
     return rows,raw
@@ -53,4 +72,4 @@ if __name__=='__main__':
     arch,size,ubs,backward,n = sys.argv[1:]
     learn = learner(arch, int(size), int(ubs), backward, 2)
     if int(n): fit(learn)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)
+    print(1024*next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM')))   # ru_maxrss would begin with that of the parent

@@ -34,5 +34,7 @@ def main(args=None):
     with open(a.out/'summary.csv','w',newline='',encoding='utf-8') as f:
         w = csv.DictWriter(f, list(rows[0])); w.writeheader(); w.writerows(rows)
     draw(a.out)
+    if a.out==here/'results/bench':
+        for o in a.out.glob('*.png'): shutil.copy(o, here.parent.parent/'nbs/images')   # for the page about them
 
 if __name__=='__main__': main()
