@@ -143,13 +143,14 @@ def broken(m, top=root):
 def selection(m):
     return [f'tests/{o}' if o.endswith('.py') or '::' in o else f'tests/test_notebooks.py::test_notebook[{notebook(o).stem}]' for o in m['tests']]
 
-def _pytest(d, tests):
+def _pytest(d, tests, start_method):
     "Run `tests` of the copy in `d`, in a process of its own, whose exit status is pytest's"
     import pytest,resource
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     multiprocessing.set_start_method('fork', force=True)   # loaders' workers, which know what a notebook defines
     out = os.open(f'{d}/out.txt', os.O_WRONLY|os.O_CREAT)
     for o in (1,2): os.dup2(out, o)
+    multiprocessing.set_start_method(start_method, force=True)   # as without this process above it
     os.chdir(d); sys.path.insert(0, d); os.environ['PYTHONPATH'] = d
     sys.exit(pytest.main(['-x','-q','--disable-warnings','-p','no:cacheprovider',*tests]))
 
@@ -158,7 +159,7 @@ def run(tests, changes={}):
     with tempfile.TemporaryDirectory() as d:
         for o in ('sesemi_fastai','nbs','tests'): shutil.copytree(root/o, Path(d)/o, ignore=shutil.ignore_patterns('__pycache__','results','.ipynb_checkpoints'))
         for k,v in changes.items(): (Path(d)/k).write_text(v, encoding='utf-8')
-        p = processes.Process(target=_pytest, args=(d, tests))
+        p = processes.Process(target=_pytest, args=(d, tests, multiprocessing.get_start_method()))
         p.start(); p.join(wait)
         if p.exitcode is None: p.kill(); p.join(); return 'hangs',None
         if p.exitcode<0: return 'hangs',None
