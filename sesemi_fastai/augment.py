@@ -81,20 +81,11 @@ def _resize(x, size):
     if x.device.type=='cpu': return F.interpolate(x, **kw)
     return F.interpolate(x.float(), **kw).round_().clamp_(0,255).byte()
 
-class _Buffers(list):
-    "Two arrays for batches on the CPU, each lent again when no tensor uses it any more: fresh memory costs more than what is written into it"
-    def __reduce__(self): return type(self),()
-    def get(self, shape):
-        i = next((i for i in range(len(self)) if self[i].shape==shape and sys.getrefcount(self[i])<=2), None)   # 2: the list's and the call's
-        res = np.empty(shape, np.float32) if i is None else self.pop(i)
-        self[:] = [*self[-1:],res]
-        return torch.from_numpy(res)
-
 class DevelopCrops(Normalize):
     "`Normalize`, and before it a `CropBatch` becomes pictures"
     def __init__(self, *args, size=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.size,self.buffers = size,_Buffers()
+        self.size = size
     @classmethod
     def to_size(cls, size:int): # Side of the pictures
         "With ImageNet's mean and deviation"
@@ -111,7 +102,7 @@ class DevelopCrops(Normalize):
     def encodes(self, x:CropBatch):
         table,x,s = x.table,x.as_subclass(Tensor),self.size
         luts,shape = self.tables([o[2] for o in table]).to(x.device),(len(table),3,s,s)
-        res = self.buffers.get(shape) if x.device.type=='cpu' else torch.empty(shape, device=x.device)
+        res = torch.empty(shape, device=x.device)
         colour,o = torch.arange(0, 768, 256, dtype=torch.int32, device=x.device).view(1,3,1,1),0
         place = torch.empty(1,3,s,s, dtype=torch.int32, device=x.device)
         for (h,w,_,flip),lut,out in zip(table, luts, res):

@@ -25,7 +25,7 @@ class StepSeed(_Ephemeral):
 # %% ../nbs/10a_step.ipynb #d19bddf9
 class BFloat16(_Ephemeral):
     "Forward passes and losses under bfloat16 autocast, on the model's own device"
-    order = MixedPrecision.order
+    order,bf16_context = MixedPrecision.order,None
     def before_batch(self):
         "Enter autocast"
         self.bf16_context = torch.autocast(first(self.model.parameters()).device.type, torch.bfloat16)
@@ -35,7 +35,27 @@ class BFloat16(_Ephemeral):
         self.learn.pred = to_float(self.pred)
     def after_loss(self):
         "Leave autocast, after callbacks of a lower order"
-        self.bf16_context.__exit__(None, None, None)
+        if self.bf16_context: self.bf16_context.__exit__(None, None, None)
+        self.bf16_context = None
+    def after_cancel_batch(self):
+        "After a cancelled batch as well"
+        self.after_loss()
+    def _one_batch(self):
+        "A batch that breaks off, for want of memory or by an interrupt, fires no event: else all that follows would be in bfloat16"
+        try: Learner._do_one_batch(self.learn)
+        finally: self.after_loss()
+    def before_train(self):
+        "Stand around the Learner's `_do_one_batch`"
+        self.learn._do_one_batch = self._one_batch
+    def before_validate(self):
+        "In validation too"
+        self.before_train()
+    def after_train(self):
+        "And no longer"
+        self.learn.__dict__.pop('_do_one_batch', None)
+    def after_validate(self):
+        "And no longer"
+        self.after_train()
 
 # %% ../nbs/10a_step.ipynb #211a4386
 def native_formats(

@@ -167,6 +167,16 @@ def test_bfloat16(make):
     assert seen==[torch.bfloat16]*4 and body==[(True,torch.bfloat16)]*8+[(False,torch.bfloat16)]
     assert preds=={torch.float32} and {p.dtype for p in learn.model.parameters()}=={torch.float32} and {g.dtype for g in learn.grads.seen}=={torch.float32}
 
+def test_bfloat16_of_a_broken_batch(make):
+    "`BFloat16` and a step that breaks off: autocast is left, and nothing stays on the Learner once it trains again"
+    class Break(Callback):
+        order = 9
+        def after_pred(self): raise MemoryError('none left')
+    learn = make(BFloat16())
+    with pytest.raises(MemoryError): learn.fit(1, .01, cbs=Break())
+    assert not torch.is_autocast_enabled('cpu')
+    learn.fit(1, .01); assert not torch.is_autocast_enabled('cpu') and '_do_one_batch' not in learn.__dict__
+
 def test_save_model(make):
     "`SaveModelCallback(monitor='pretext_loss')`: the best model, not the last, is reloaded, head and all"
     class Spoil(Callback):
