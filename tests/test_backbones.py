@@ -63,6 +63,16 @@ def test_batchnorm_groups(name):
     assert torch.allclose(got, torch.cat([first(x[:3]),second(x[3:])]), atol=1e-5)
     for (k,v),w in zip(model.state_dict().items(), first.state_dict().values()): assert torch.allclose(v, w, atol=1e-6), k
 
+def test_unlabelled_loader_starts_over():
+    "Loaders of other kinds: the unlabelled one begins again where it is shorter than the labelled"
+    class Three(Loader):
+        def __len__(self): return 3
+        def __iter__(self): yield from [self.batch]*3
+    x,y = torch.randn(2,3,64,64),torch.tensor([0,1])
+    learn = Learner(DataLoaders(Three(x,y), Loader(x,y), Loader(x)), tv.resnet18(num_classes=3), loss_func=nn.CrossEntropyLoss(), opt_func=SGD, cbs=RotationPretext())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert len(learn.recorder.losses)==3 and learn.pretext.n_taken==1
+
 def test_no_place_is_an_error_that_says_so():
     model,x = tv.squeezenet1_1(num_classes=3),torch.randn(2,3,64,64)
     learn = Learner(DataLoaders(Loader(x, torch.tensor([0,1])), Loader(x, torch.tensor([0,1])), Loader(x)), model, loss_func=nn.CrossEntropyLoss(), opt_func=SGD)

@@ -59,6 +59,14 @@ def test_fit(make):
     assert (head(learn)!=before).any() and learn.recorder.metric_names[-3:]==['pretext_loss','pretext_acc','time']
     assert all(len(o)==5 for o in learn.recorder.values) and 0<column(learn,'pretext_loss')<5
 
+def test_columns(make):
+    "`pretext_loss`, `pretext_acc`: the means over all views of the epoch"
+    logits = []
+    learn = make(); learn.pretext.pretext_head.register_forward_hook(lambda m,i,o: logits.append(o.detach())); learn.fit(1, .01)
+    x = torch.cat(logits); y = torch.arange(4).repeat(len(x)//4)
+    assert len(x)==4*4*4 and column(learn,'pretext_loss')==pytest.approx(nn.functional.cross_entropy(x, y).item(), rel=1e-5)
+    assert column(learn,'pretext_acc')==pytest.approx((x.argmax(1)==y).float().mean().item())
+
 def test_pretext_loss_changes_the_body(make):
     "weight: with `weight=0` the weights are those of a Learner without the callback"
     a,b,c = make(pretext=False),make(),make(); b.pretext.weight = 0
@@ -148,13 +156,16 @@ def test_losses(make, loss):
 
 def test_bfloat16(make):
     "`BFloat16` (autocast on any device): both forward passes and the head are in low precision, weights and gradients stay float32"
-    seen,body = [],[]
-    learn = make(BFloat16(), Grads())
+    seen,body,preds = [],[],set()
+    class Preds(Callback):
+        order = 100
+        def after_pred(self): preds.add(self.pred.dtype)
+    learn = make(BFloat16(), Grads(), Preds())
     learn.pretext.pretext_head.register_forward_hook(lambda m,i,o: seen.append(o.dtype))
     learn.model.layer1.register_forward_hook(lambda m,i,o: body.append((m.training,o.dtype)))
     learn.fit(1, .01)
     assert seen==[torch.bfloat16]*4 and body==[(True,torch.bfloat16)]*8+[(False,torch.bfloat16)]
-    assert {p.dtype for p in learn.model.parameters()}=={torch.float32} and {g.dtype for g in learn.grads.seen}=={torch.float32}
+    assert preds=={torch.float32} and {p.dtype for p in learn.model.parameters()}=={torch.float32} and {g.dtype for g in learn.grads.seen}=={torch.float32}
 
 def test_save_model(make):
     "`SaveModelCallback(monitor='pretext_loss')`: the best model, not the last, is reloaded, head and all"
