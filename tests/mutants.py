@@ -107,7 +107,7 @@ mutants = [
     M('resume', "if due or last or self._signal", "if due or self._signal", 'test_resume.py::test_interrupt_in_a_notebook'),
     M('resume', "if is_checkpoint(o)][:-2]", "if is_checkpoint(o)][:-1]", 'resume'),
     M('resume', "if then.get(k)!=now.get(k)]", "if False]", 'resume'),
-    M('resume', "if self._begun: self.rows.append(list(self.recorder.log))", "pass", 'test_resume.py::test_command_stops_on_a_signal_and_goes_on'),
+    M('resume', "if self._begun: self.rows.append(list(self.recorder.log))", "pass", 'test_resume.py::test_lines_of_finished_epochs_are_logged_again'),
     M('run', "learn.recorder.values[-1][2]", "learn.recorder.values[0][2]", 'test_runs.py::test_accuracy_is_that_of_the_last_epoch'),
     M('run', "L(None if twin else RotationPretext(backward=cfg.backward))", "L(RotationPretext())", 'test_runs.py::test_twin_has_no_second_task'),
     M('imagewang', "seed=cfg.seed+i", "seed=cfg.seed", 'test_runs.py::test_command_with_twin'),
