@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Look', 'look', 'same_pixels', 'close_pairs', 'near_copies']
 
-# %% ../nbs/15_copies.ipynb #8a215876
+# %% ../nbs/15_copies.ipynb #a6303171
 from fastai.vision.all import *
 from dataclasses import dataclass
 import hashlib,imagehash
@@ -13,7 +13,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from .images import *
 
-# %% ../nbs/15_copies.ipynb #27431217
+# %% ../nbs/15_copies.ipynb #d8ee2c99
 @dataclass
 class Look:
     "What reading a picture tells; `why` says what is wrong with one that can't be read, which has nothing else"
@@ -39,7 +39,7 @@ def look(
     return Look(path, None, **head, std=float(np.asarray(grey).std()), digest=hashlib.blake2b(repr(im.size).encode()+im.tobytes(), digest_size=16).digest(),
                 bits=imagehash.phash(grey).hash.flatten(), grey=np.asarray(grey.resize((32,32), Image.Resampling.BOX)))
 
-# %% ../nbs/15_copies.ipynb #4d5fd753
+# %% ../nbs/15_copies.ipynb #eed6efc1
 def same_pixels(
     looks:list # Of `Look`
 )->list: # Of lists of two places or more in `looks`
@@ -49,7 +49,7 @@ def same_pixels(
         if o.why is None: groups.setdefault(o.digest, []).append(i)
     return [g for g in groups.values() if len(g)>1]
 
-# %% ../nbs/15_copies.ipynb #b6f16820
+# %% ../nbs/15_copies.ipynb #935e29f8
 def close_pairs(
     looks:list, # Of `Look`, all readable
     max_bits:int=8, # Most bits of the hash in which near copies differ

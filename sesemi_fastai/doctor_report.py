@@ -6,7 +6,7 @@
 __all__ = ['report_table', 'write_findings', 'write_exclude_list', 'write_html', 'trained_learner', 'sesemi_doctor',
            'doctor_command']
 
-# %% ../nbs/16a_doctor_report.ipynb #f3469db9
+# %% ../nbs/16a_doctor_report.ipynb #aa0c733f
 from fastai.vision.all import *
 from dataclasses import fields,replace
 import base64,html,json
@@ -16,7 +16,7 @@ from .run import *
 from .imagewang import *
 from .doctor import *
 
-# %% ../nbs/16a_doctor_report.ipynb #a806cdf1
+# %% ../nbs/16a_doctor_report.ipynb #d9bf439f
 def _counts(r):
     s = r.streams
     return f"{s['files']:,} files: {s['labeled']:,} labelled, {s['valid']:,} for validation, {s['unlabeled']:,} unlabelled with those among them"+(f"; {s['left_out']:,} more in folders of train that are no class of val weren't looked at" if s['left_out'] else '')
@@ -58,7 +58,7 @@ def _write(file, text):
         with open(file, 'x', encoding='utf-8') as f: f.write(text)
     except FileExistsError: raise FileExistsError(f"{printable(file)} exists, and is not written over: name another file or folder.") from None
 
-# %% ../nbs/16a_doctor_report.ipynb #2cf3daf6
+# %% ../nbs/16a_doctor_report.ipynb #17dc2b31
 _css = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1060px;margin:2.5em auto;padding:0 1.2em}
 h1{font-size:1.6em;margin:0} h2{font-size:1.15em;margin:2.4em 0 .2em;border-top:1px solid #ddd;padding-top:1.2em}
@@ -104,7 +104,7 @@ def write_html(
         f'<h1>{html.escape(printable(r.path.name))}</h1><p>{_counts(r)}</p><p class="quiet">{len(r.exclude()):,} files are better left out: those that can\'t be read, and copies. No file was changed.</p><table>{rows}</table>\n'
         +'\n'.join(_section(o, r.path, max_rows) for o in r.findings if o.rows or o.bars)+'</html>\n')
 
-# %% ../nbs/16a_doctor_report.ipynb #e439001c
+# %% ../nbs/16a_doctor_report.ipynb #5f728694
 def trained_learner(
     folder:str|Path, # A run of `sesemi_imagewang`
     path:str|Path # The images
@@ -143,5 +143,5 @@ def doctor_command(args=None):
     "The command `sesemi_doctor`"
     run_command(sesemi_doctor, args)
 
-# %% ../nbs/16a_doctor_report.ipynb #0ad9f861
+# %% ../nbs/16a_doctor_report.ipynb #d0fc950e
 if __name__=='__main__': doctor_command()   # for `python -m`; in a notebook the name is the same

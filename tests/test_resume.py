@@ -103,6 +103,18 @@ def test_interrupt_in_a_notebook(folder, tmp_path, step, training, saved):
     a,b = fit(),fit(saver())
     same(dict(a.model.state_dict()), dict(b.model.state_dict())); assert a.recorder.values==b.recorder.values
 
+def test_lines_of_finished_epochs_are_logged_again(folder, tmp_path):
+    "A run cut in its third epoch: what goes on logs the lines of the first two as well, as its CSV file begins anew"
+    def fit(*cbs):
+        cfg,lines = RunConfig(str(folder), 'noise', size=32, epochs=3, arch='resnet10', unlabeled_bs=4, steps=2, num_workers=0),[]
+        learn = cfg.learner(cfg.dls()); learn.remove_cb(ProgressCallback); learn.logger = lambda o: lines.append(list(o)[:-1])   # all but the time
+        try: learn.fit_poly_warmup(3, .05, cbs=[RotationPretext(), *cbs])
+        except TrainingStopped: pass
+        return lines
+    saver = lambda: ResumeTraining(tmp_path/'ckpt', every=100)
+    whole,cut,rest = fit(),fit(saver(), Interrupt(4, True)),fit(saver())
+    assert len(cut)==2 and rest==whole
+
 class Cut(Callback):
     "Breaks off after a step"
     order = ProgressCallback.order

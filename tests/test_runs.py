@@ -3,6 +3,7 @@ import json,shutil,subprocess,sys
 import pytest,torch
 from torchvision.models import resnet18
 from sesemi_fastai.all import *
+from sesemi_fastai.imagewang import main
 
 def config(folder, **kw):
     return RunConfig(str(folder), 'noise', **(dict(size=32, epochs=1, arch='resnet10', unlabeled_bs=4, num_workers=0, steps=4)|kw))
@@ -59,6 +60,22 @@ def test_command_with_twin(folder, tmp_path):
     assert '|32|2|SESEMI|' in (out/'leaderboard.md').read_text() and '2,mean&pm;std' in (out/'leaderboard.md').read_text()
     acc = (out/'run-1/history.csv').read_text().splitlines()[-1].split(',')[3]
     assert abs(float(acc)*100-res['accuracy'])<1e-4
+
+def test_accuracy_is_that_of_the_last_epoch(folder, tmp_path, monkeypatch):
+    given = iter([.2,.6,.4])
+    def accuracy(preds, targs): return next(given)
+    monkeypatch.setattr('sesemi_fastai.run.accuracy', accuracy)
+    res = train_run(config(folder, epochs=3), tmp_path/'run', plain=True)
+    assert abs(res['accuracy']-40)<1e-4 and read_csv(tmp_path/'run/history.csv')['accuracy']==[.2,.6,.4]
+
+def test_twin_has_no_second_task(folder, tmp_path):
+    columns = {kind:list(read_csv((train_run(config(folder), tmp_path/kind, twin=kind=='twin', plain=True), tmp_path/kind)[1]/'history.csv')) for kind in ('run','twin')}
+    assert set(columns['run'])-set(columns['twin'])=={'pretext_loss','pretext_acc'}
+
+def test_no_val_of_the_command(folder, tmp_path, capsys):
+    main([str(folder),'--no_val','--size','32','--arch','resnet10','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
+    res = json.loads((tmp_path/'out/run-0/results.json').read_text())
+    assert 'val kept out' in capsys.readouterr().out and not res['val_in_pool'] and res['counts']['unlabeled']==16+12
 
 def test_export_loads_without_this_package(folder, tmp_path):
     dls = PairedDataLoaders.from_folder(folder, size=32, unlabeled_bs=4, bs=8, num_workers=0, seed=0)
