@@ -106,8 +106,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'sesemi_fastai/checkpoint.py'),
                                           'sesemi_fastai.checkpoint._metrics': ('checkpoint.html#_metrics', 'sesemi_fastai/checkpoint.py'),
                                           'sesemi_fastai.checkpoint._named': ('checkpoint.html#_named', 'sesemi_fastai/checkpoint.py'),
-                                          'sesemi_fastai.checkpoint._plain_model': ( 'checkpoint.html#_plain_model',
-                                                                                     'sesemi_fastai/checkpoint.py'),
                                           'sesemi_fastai.checkpoint._public': ('checkpoint.html#_public', 'sesemi_fastai/checkpoint.py'),
                                           'sesemi_fastai.checkpoint._streams': ('checkpoint.html#_streams', 'sesemi_fastai/checkpoint.py'),
                                           'sesemi_fastai.checkpoint.get_progress': ( 'checkpoint.html#get_progress',
@@ -490,4 +488,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sesemi_fastai.streams.preserved': ('streams.html#preserved', 'sesemi_fastai/streams.py'),
                                        'sesemi_fastai.streams.random_key': ('streams.html#random_key', 'sesemi_fastai/streams.py'),
                                        'sesemi_fastai.streams.reseed': ('streams.html#reseed', 'sesemi_fastai/streams.py'),
-                                       'sesemi_fastai.streams.seeded': ('streams.html#seeded', 'sesemi_fastai/streams.py')}}}
+                                       'sesemi_fastai.streams.seeded': ('streams.html#seeded', 'sesemi_fastai/streams.py'),
+                                       'sesemi_fastai.streams.whole_dl': ('streams.html#whole_dl', 'sesemi_fastai/streams.py')}}}

@@ -157,7 +157,7 @@ def before_train(self:RotationPretext):
     if ddp is not None:
         if ddp.find_unused_parameters: raise ValueError("RotationPretext can't be used with find_unused_parameters=True, which takes the pretext head for unused because it runs outside the distributed forward pass: leave it at False.")
         ddp.require_backward_grad_sync = self.backward=='joint'   # sequential: by `_average_grads`
-    if self.epoch==0: self.objective.batch(_sample(getattr(dl,'dl',dl)))   # a batch it can't use is an error before the first step
+    if self.epoch==0: self.objective.batch(_sample(whole_dl(dl)))   # a batch it can't use is an error before the first step
     self._it,self.pretext_sums,self.n_taken = iter(dl),[0.,0.,0],0
 
 @patch

@@ -82,13 +82,11 @@ def read_checkpoint(
     return unpack_state(torch.load(io.BytesIO(data[n:]), map_location='cpu', weights_only=True))
 
 # %% ../nbs/13_checkpoint.ipynb #13a00012
-def _plain_model(learn): return getattr(learn.model, 'module', learn.model)
-
 def get_weights(
     learn:Learner # In a fit
 )->dict: # Plain
     "Model, optimizer, scaler, and gradients that aren't zero"
-    model,scaler = _plain_model(learn),getattr(learn,'scaler',None)
+    model,scaler = get_model(learn.model),getattr(learn,'scaler',None)
     grads = {n:p.grad for n,p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
     return dict(model=dict(model.state_dict()), opt=learn.opt.state_dict(), scaler=scaler.state_dict() if scaler else {}, grads=grads)
 
@@ -97,7 +95,7 @@ def set_weights(
     state:dict # From `get_weights`
 ):
     "Put them back"
-    model = _plain_model(learn)
+    model = get_model(learn.model)
     model.load_state_dict(state['model'])
     params = dict(model.named_parameters()); device = first(params.values()).device
     learn.opt.load_state_dict(to_device(state['opt'], device) if not isinstance(learn.opt, OptimWrapper) else state['opt'])
@@ -125,7 +123,7 @@ def _named(cbs):
         n = type(cb).__name__; res[n if n not in res else f'{n}-{sum(k.split("-")[0]==n for k in res)}'] = cb
     return res
 def _metrics(learn): return [learn.recorder.loss, learn.recorder.smooth_loss, *learn.metrics] if hasattr(learn,'recorder') else []
-def _streams(learn): return [getattr(o,'dl',o) for o in learn.dls.loaders if isinstance(getattr(o,'dl',o), StreamDL)]
+def _streams(learn): return [o for o in map(whole_dl, learn.dls.loaders) if isinstance(o, StreamDL)]
 
 def get_progress(
     learn:Learner, # In a fit

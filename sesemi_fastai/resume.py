@@ -12,7 +12,7 @@ import sesemi_fastai
 from .streams import *
 from .distributed import *
 from .checkpoint import *
-from .checkpoint import _named,_plain_model,_public
+from .checkpoint import _named,_public
 from .callback import _Ephemeral
 
 # %% ../nbs/13a_resume.ipynb #13a00015
@@ -33,9 +33,8 @@ def run_settings(
     learn:Learner # At the beginning of a fit
 )->dict: # Plain; what has to be equal for a run to go on
     "Settings, data and versions that the result of a fit depends on"
-    res,model = dict(epochs=learn.n_epoch, steps_per_epoch=len(learn.dls.train), processes=num_distrib() or 1, device=learn.dls.device.type if learn.dls.device else 'cpu'),_plain_model(learn)
-    for nm,dl in zip(('labelled','validation','unlabelled'), learn.dls.loaders):
-        dl = getattr(dl,'dl',dl)
+    res,model = dict(epochs=learn.n_epoch, steps_per_epoch=len(learn.dls.train), processes=num_distrib() or 1, device=learn.dls.device.type if learn.dls.device else 'cpu'),get_model(learn.model)
+    for nm,dl in zip(('labelled','validation','unlabelled'), map(whole_dl, learn.dls.loaders)):
         res |= {f'{nm} data':_items(dl), f'{nm} batch':dl.bs, f'{nm} seed':getattr(dl,'seed',None)}
     res['network'] = f'{type(model).__name__} {_digest([(k,tuple(v.shape)) for k,v in model.state_dict().items()])}'
     scheds = {k:f for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()}
@@ -73,7 +72,7 @@ def _every(every):
 
 class ResumeTraining(_Ephemeral):
     "Save all that training depends on, and go on from there when the same fit is run again; needs `PairedDataLoaders`"
-    order,_learn_events = 200,None
+    order = 200
     def __init__(self,
         folder:str|Path, # Where checkpoints are; of one run alone
         every='10 minutes', # A number of steps, or '500 steps', '2 epochs', '10 minutes'
@@ -130,7 +129,7 @@ def _say(text):
 def _begin(self:ResumeTraining):
     "Find the newest whole checkpoint, refuse one of another run, put back what it holds"
     learn = self.learn
-    if not isinstance(getattr(learn.dls.train,'dl',learn.dls.train), StreamDL):
+    if not isinstance(whole_dl(learn.dls.train), StreamDL):
         raise ValueError(f"ResumeTraining needs data whose order can be continued, and learn.dls.train is a {type(learn.dls.train).__name__}: use PairedDataLoaders.")
     self._begun,self._start,self._saved = True,time.time(),(time.time(),0)
     self._now = run_settings(learn)|self._settings

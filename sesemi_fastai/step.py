@@ -20,7 +20,7 @@ class StepSeed(_Ephemeral):
     def __init__(self, seed:int=None): self.step_seed = seed # That of `dls.train` by default
     def before_batch(self):
         "Before anything of the step is drawn"
-        torch.manual_seed(random_key(ifnone(self.step_seed, getattr(getattr(self.dls.train,'dl',self.dls.train),'seed',0)), 'step', self.epoch, self.iter, *filter(None, [rank_distrib()])))
+        torch.manual_seed(random_key(ifnone(self.step_seed, getattr(whole_dl(self.dls.train),'seed',0)), 'step', self.epoch, self.iter, *filter(None, [rank_distrib()])))
 
 # %% ../nbs/10a_step.ipynb #d19bddf9
 class BFloat16(_Ephemeral):

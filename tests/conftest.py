@@ -1,5 +1,5 @@
 "Shared by all tests: no display, one thread, and real images where `SESEMI_TEST_DATA` names their folder"
-import os
+import json,os,subprocess,sys
 os.environ.setdefault('MPLBACKEND','Agg')
 os.environ.setdefault('OMP_NUM_THREADS','1')
 from pathlib import Path
@@ -31,3 +31,23 @@ def folder(tmp_path):
         d = tmp_path/'data'/nm; d.mkdir(parents=True)
         for i in range(n): Image.fromarray(rng.integers(0,256,(40,48,3),dtype=np.uint8)).save(d/f'{i}.png')
     return tmp_path/'data'
+
+@pytest.fixture(scope='session')
+def predict_alone():
+    "What an exported Learner predicts for an image in a process that can't import this package; `check` is run there before"
+    def f(export, image, check=''):
+        code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0]=='sesemi_fastai': raise ImportError(name)
+sys.meta_path.insert(0, Block())
+from fastai.vision.all import *
+learn = load_learner({str(export)!r})
+{check}
+print([*map(float, learn.predict({str(image)!r})[2])])
+"""
+        r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+        assert r.returncode==0, r.stderr
+        return json.loads(r.stdout.strip().splitlines()[-1])
+    return f

@@ -80,24 +80,11 @@ def test_predictions(learn, folder):
     assert torch.equal(quiet(learn, 'predict', new)[2], one[0])
     assert torch.allclose(quiet(learn, 'get_preds', dl=learn.dls.test_dl(files))[0], preds, atol=.02)
 
-def test_export_loads_without_this_package(learn, folder, tmp_path):
+def test_export_loads_without_this_package(learn, folder, tmp_path, predict_alone):
     learn.path = tmp_path; learn.export()
     image = folder/'val/a/0.png'
     want = quiet(learn, 'predict', image)[2]
-    code = f"""
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0]=='sesemi_fastai': raise ImportError(name)
-sys.meta_path.insert(0, Block())
-from fastai.vision.all import *
-learn = load_learner({str(tmp_path/'export.pkl')!r})
-assert [type(o) for o in learn.dls.valid.after_batch.fs]==[Normalize]
-print([*map(float, learn.predict({str(image)!r})[2])])
-"""
-    r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
-    assert r.returncode==0, r.stderr
-    assert torch.allclose(torch.tensor(json.loads(r.stdout.strip().splitlines()[-1])), want, atol=.02)
+    assert torch.allclose(torch.tensor(predict_alone(tmp_path/'export.pkl', image, 'assert [type(o) for o in learn.dls.valid.after_batch.fs]==[Normalize]')), want, atol=.02)
 
 def test_command(folder, tmp_path, capsys):
     "`--recipe fast`: the plan says in which formats and why; the store is made once, and is no part of a result"
