@@ -107,8 +107,11 @@ class ClassFolder(Transform):
     "The name of the folder directly below one of `folders` of `path`"
     def __init__(self, path, folders):
         super().__init__()
-        self.roots = [path/o for o in folders]
-    def encodes(self, o:Path): return next(o.relative_to(r).parts[0] for r in self.roots if r in o.parents)
+        self.roots,self.known = [path/o for o in folders],{}
+    def __call__(self, o, **kwargs):   # a plain call: choosing by type takes longer than the rest of an item
+        folder = os.path.dirname(o)
+        if folder not in self.known: self.known[folder] = next(o.relative_to(r).parts[0] for r in self.roots if r in o.parents)
+        return self.known[folder]
 
 def _class_files(folder):
     "Files of each class folder in `folder` that has any"

@@ -27,6 +27,7 @@ def main(args=None):
         for name in a.only.split(','):
             start,where = time.time(),machine()
             rows,raw = importlib.import_module(name).run(Settings(a.quick, a.rounds or (1 if a.quick else 5), work))
+            if a.quick: rows = [r|dict(target=None) for r in rows]
             (a.out/f'{name}.json').write_text(json.dumps(dict(rows=rows, machine=where, quick=a.quick, seconds=round(time.time()-start), raw=raw), indent=1))
             print(*map(show, rows), sep='\n', flush=True)
     finally: shutil.rmtree(work, ignore_errors=True)
