@@ -205,10 +205,10 @@ def after_epoch(self:ResumeTraining):
 @patch
 def _stop(self:ResumeTraining):
     "Save what was reached, and raise `TrainingStopped` with the way to go on"
-    self._save(self._last)
-    at = self._last
-    raise TrainingStopped(f"Stopped by {signal.Signals(self._signal).name} at epoch {at['epoch']}, after step {at['step']} of {self.learn.n_iter}; "
-                          f"saved in {self._folder}. To go on: {self._command or 'run the same fit again'}", self._signal)
+    if self._last: self._save(self._last)
+    at = self._last or self._from
+    where = f"at epoch {at['epoch']}, after step {at['step']} of {self.learn.n_iter}; saved in {self._folder}" if at else "before the first step, with nothing to save yet"
+    raise TrainingStopped(f"Stopped by {signal.Signals(self._signal).name} {where}. To go on: {self._command or 'run the same fit again'}", self._signal)
 
 @patch
 @contextmanager

@@ -82,15 +82,17 @@ def test_killed_twice(processes, folder, tmp_path):
     same(load(tmp_path/'whole.pt'), load(out))
 
 class Interrupt(Callback):
-    "Ctrl-C in the middle of a step, or in validation"
+    "Ctrl-C in the middle of a step, or in validation, or (step 0) before all steps"
     order = ProgressCallback.order
     def __init__(self, step, training): self.step,self.while_training = step,training
+    def before_epoch(self):
+        if self.step==0: signal.raise_signal(signal.SIGINT)
     def after_loss(self):
         if self.learn.train_iter==self.step and self.training==self.while_training: signal.raise_signal(signal.SIGINT)
 
-@pytest.mark.parametrize('step,training,saved', [(3,True,4), (4,False,4)])
+@pytest.mark.parametrize('step,training,saved', [(3,True,4), (4,False,4), (0,False,None)])
 def test_interrupt_in_a_notebook(folder, tmp_path, step, training, saved):
-    "Ctrl-C saves after the step, or at once in validation; the handlers are put back, and the same fit goes on"
+    "Ctrl-C saves after the step, or at once in validation, and stops at once where there is nothing yet; the handlers are put back, and the same fit goes on"
     def fit(*cbs):
         cfg = RunConfig(str(folder), 'noise', size=32, epochs=2, arch='resnet10', unlabeled_bs=4, steps=4, num_workers=0)
         learn = cfg.learner(cfg.dls()); learn.remove_cb(ProgressCallback); learn.logger = noop
@@ -99,7 +101,7 @@ def test_interrupt_in_a_notebook(folder, tmp_path, step, training, saved):
     saver = lambda: ResumeTraining(tmp_path/'ckpt', every=100)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(TrainingStopped, match='run the same fit again'): fit(saver(), Interrupt(step, training))
-    assert [o.name for o in (tmp_path/'ckpt').iterdir()]==[f'step-{saved:09d}.ckpt'] and signal.getsignal(signal.SIGINT)==handler
+    assert [o.name for o in (tmp_path/'ckpt').iterdir()]==([f'step-{saved:09d}.ckpt'] if saved else []) and signal.getsignal(signal.SIGINT)==handler
     a,b = fit(),fit(saver())
     same(dict(a.model.state_dict()), dict(b.model.state_dict())); assert a.recorder.values==b.recorder.values
 
