@@ -209,7 +209,7 @@ def from_folder(cls:PairedDataLoaders,
     if on_bad_image not in ('error','skip'): raise ValueError(f"on_bad_image={on_bad_image!r} isn't known: use 'error' or 'skip'.")
     bad = None
     if on_bad_image=='skip':
-        bad = BadImages(bad_images(files.all(), num_workers))
+        bad = BadImages(bad_images(files.all() if rec.side is None else not_stored(files.all(), files.path, rec.side, store), num_workers))
         files = files.without([p for p,_ in bad.first])
         if verbose and bad.first: print(f"Left out {len(bad.first)} pictures that can't be read: "+', '.join(f'{printable(p)} ({w})' for p,w in bad.first[:5])+(', …; dls.bad_images has them all' if len(bad.first)>5 else ''))
     if not files.unlabeled: raise ValueError(f"{path} holds no unlabelled image in {unlabeled}: name the right folders with unlabeled=(...).")

@@ -4,7 +4,7 @@ from contextlib import redirect_stdout
 import numpy as np,pytest
 from PIL import Image
 from sesemi_fastai.all import *
-from sesemi_fastai import store as module
+from sesemi_fastai import images,store as module
 
 def build(root, home, seconds, log):
     "In another process: a store of `root`, each picture taking `seconds` longer; what is said goes to `log`"
@@ -77,7 +77,7 @@ def test_files_of_others_stay(folder, tmp_path):
     with pytest.warns(UserWarning, match='holds other files'): same_pictures(open_store(find_images(folder), folder, 32, home), folder)
     assert (mine/'thesis.txt').read_text()=='mine'
 
-def paired(folder, home): return PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=0, seed=0, recipe='fast', store=home, verbose=False)
+def paired(folder, home, **kw): return PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=0, seed=0, recipe='fast', store=home, verbose=False, **kw)
 
 def test_vanished_and_broken_files_are_named(folder, tmp_path):
     home,bad = tmp_path/'home',folder/'unsup/3.png'
@@ -87,7 +87,15 @@ def test_vanished_and_broken_files_are_named(folder, tmp_path):
     bad.write_bytes((tmp_path/'away.png').read_bytes()[:900])
     with pytest.raises(BadImageError, match='unsup/3.png'): paired(folder, home)
     assert leftovers(home)==[] and list_stores(home)==[]                      # neither half a store nor a wrong picture in one
-    assert len(PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=0, recipe='fast', store=home, on_bad_image='skip', verbose=False).unlabeled.dataset)==35
+
+def test_skip_decodes_only_what_is_not_stored(folder, tmp_path, monkeypatch):
+    decoded,load = [],images.load_image
+    monkeypatch.setattr(images, 'load_image', lambda o: decoded.append(o) or load(o))   # as bad_images does
+    bad = folder/'unsup/3.png'; bad.write_bytes(bad.read_bytes()[:900])
+    for n in (36,1):
+        dls = paired(folder, tmp_path/'home', on_bad_image='skip')
+        assert len(dls.unlabeled.dataset)==35 and [p for p,_ in dls.bad_images]==[bad] and len(decoded)==n and bad in decoded
+        decoded.clear()
 
 def test_changed_file_between_runs(folder, tmp_path, capsys):
     home,f = tmp_path/'home',folder/'train/a/0.png'
