@@ -1,5 +1,5 @@
 "Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings and results of tests; `--check` only compares"
-import ast,json,re,sys
+import ast,json,re,statistics,sys
 from pathlib import Path
 import nbformat
 
@@ -59,17 +59,28 @@ def benchmarks():
     m = next(iter(res.values()))['machine']
     return '\n'.join([*rows, '', f"Measured on {m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, torch {m['torch']}, commit {m['commit']}, {m['time']}.", '', '![Ratios](images/bench.png)', '![Growth](images/growth.png)'])
 
-def with_table(text, table):
-    "The notebook's source with the table between its two marks"
-    nb = nbformat.reads(text, 4)
+def accuracies():
+    "What both recipes reached with the same seeds, and whether the fast one is as good: its mean not below by more than a standard error of the difference"
+    home = root/'tests/benchmarks/results'
+    runs = {k:[json.loads(o.read_text(encoding='utf-8')) for o in sorted((home/f).glob('run-*/results.json'))] for k,f in (('reference','imagewang-80'),('fast','imagewang-80-fast'))}
+    acc = {k:{o['seed']:o['accuracy'] for o in v} for k,v in runs.items()}
+    seeds = sorted(acc['reference'].keys()&acc['fast'].keys())
+    rows = ['| seed | reference | fast |','| --- | --- | --- |',*(f"| {o} | {acc['reference'][o]:.2f} % | {acc['fast'][o]:.2f} % |" for o in seeds)]
+    if len(seeds)<2: return '\n'.join(rows)
+    (m,e),(m2,e2) = ((statistics.mean(v),statistics.stdev(v)/len(v)**.5) for v in ([acc[k][o] for o in seeds] for k in acc))
+    return '\n'.join([*rows, f"| mean ± standard error | {m:.2f} % ± {e:.2f} | {m2:.2f} % ± {e2:.2f} |", '', f"The fast recipe is {m2-m:+.2f} points from the reference, with a standard error of the difference of {(e*e+e2*e2)**.5:.2f}."])
+
+def with_tables(text, tables):
+    "The notebook's source with each table between its two marks, in order"
+    nb,tables = nbformat.reads(text, 4),iter(tables)
     for c in nb.cells:
-        if '<!-- table -->' in c.source: c.source = '<!-- table -->\n'+table+'\n<!-- end -->'
+        if '<!-- table -->' in c.source: c.source = '<!-- table -->\n'+next(tables)+'\n<!-- end -->'
     return nbformat.writes(nb, 4)+'\n'
 
 if __name__=='__main__':
     texts = {root/'README.md': render()}
-    for name,rows in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks())):
-        page = root/f'nbs/{name}.ipynb'; texts[page] = with_table(page.read_text(encoding='utf-8'), rows)
+    for name,*tables in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks(),accuracies())):
+        page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     for path,text in texts.items():
         if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
         elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit(f'{path.name} differs from what it is made from: run `make prepare`.')
