@@ -225,5 +225,5 @@ def from_folder(cls:PairedDataLoaders,
                             after_batch=rec.after_batch)
     dls.train.bs = bs
     res = cls.from_dls(dls, files.unlabeled, unlabeled_bs=unlabeled_bs, seed=seed, n_steps=n_steps, num_workers=num_workers, bad=bad)
-    res.recipe = rec
+    res.recipe,res.left_out = rec,files.left_out
     return res

@@ -69,13 +69,12 @@ def plan(
 )->str:
     "What will be trained, in words and numbers"
     n,ubs,bs = dls.steps_per_epoch(cfg.processes),cfg.unlabeled_bs,dls.train.bs*cfg.processes
-    files,bad = split_folder(cfg.data),dls.bad_images
-    learn = cfg.learner(dls)
+    learn,bad = cfg.learner(dls),dls.bad_images
     secs = seconds_per_step(learn) + (seconds_per_step(learn, True) if twin else 0)
     total,c = n*cfg.epochs,counts(dls)
     lines = [f"Data       {printable(cfg.dataset)}: {printable(dls.path)}",
              f"Classes    {len(dls.vocab)}: {', '.join(map(printable, dls.vocab))}"]
-    if files.left_out: lines.append(f"Left out   {len(files.left_out)} folders of train ({sum(files.left_out.values()):,} images) that are no class of val; they stay on disk")
+    if dls.left_out: lines.append(f"Left out   {len(dls.left_out)} folders of train ({sum(dls.left_out.values()):,} images) that are no class of val; they stay on disk")
     if bad: lines.append(f"Bad        {len(bad)} pictures can't be read and are left out: "+', '.join(f'{printable(p)} ({w})' for p,w in bad[:5])+', …'*(len(bad)>5))
     lines += [f"Images     {c['labeled']:,} labelled, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation",
               f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {formats(learn)}",
