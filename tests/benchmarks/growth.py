@@ -6,6 +6,7 @@ import torch
 from torchvision.models import resnet18
 from sesemi_fastai.all import *
 from common import *
+from memory import activations,learner
 from pipeline import loaders,one_pass
 from step import arms
 
@@ -26,7 +27,7 @@ def anonymous():
     return 1024*next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
 
 def start(root, store, size):
-    "In a process of its own: seconds to make the store and to open it, its size, anonymous memory at each point"
+    "In a process of its own: seconds to make the store, to open it and for a pass over it, its size, anonymous memory at each point"
     def opened():
         t = time.perf_counter()
         dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=4, seed=0, recipe='fast', num_workers=0, store=store, device='cpu', verbose=False)
@@ -35,8 +36,9 @@ def start(root, store, size):
     before = anonymous()
     dls,first = opened(); made = anonymous()
     dls,second = opened()
+    one_pass(dls.unlabeled); t = time.perf_counter()
     one_pass(dls.unlabeled)
-    return dict(images=len(dls.unlabeled.dataset), build_seconds=first, open_seconds=second, store_bytes=list_stores(store)[0]['bytes'],
+    return dict(images=len(dls.unlabeled.dataset), build_seconds=first, open_seconds=second, pass_seconds=time.perf_counter()-t, store_bytes=list_stores(store)[0]['bytes'],
                 build_memory=max(2**20, made-before), pass_memory=max(2**20, anonymous()-before))   # from 1 MiB on: less is what the allocator happens to keep
 
 def with_images(s):
@@ -46,11 +48,13 @@ def with_images(s):
     return res
 
 def with_batch(s):
+    "Seconds of a step, and bytes of activations"
     res = []
     for ubs in ((2,4) if s.quick else (4,8,16,32,64)):
         arch,size,steps = (resnet10,32,2) if s.quick else (resnet18,64,max(4,96//ubs))
         t = rounds(arms(arch, small_images(s), size, ubs, steps, s), 1 if s.quick else 3)
-        res.append(dict(images=8*ubs, **{k:min(v)/steps for k,v in t.items()}))
+        kept = {k:activations(learner(arch.__name__, size, ubs, k)) for k in ('joint','sequential')}
+        res.append(dict(images=8*ubs, **{k:min(v)/steps for k,v in t.items()}, **kept))
     return res
 
 def with_workers(s):
@@ -75,5 +79,5 @@ def run(s):
     a,b = images[0],images[-1]
     more = b['images']/a['images']
     rows = [ratio(f"with {more:.0f}× the images, {what}, over {'' if k!='pass_memory' else 'what '}{'linear' if k!='pass_memory' else 'it was'}", [b[k]/(more if k!='pass_memory' else 1)], [a[k]], None, unit, scale)
-            for k,what,unit,scale in (('build_seconds','time to make the store','s',1),('open_seconds','time to open it','s',1),('store_bytes','store','MB',1e-6),('pass_memory','anonymous memory after a pass','MB',1e-6))]
+            for k,what,unit,scale in (('build_seconds','time to make the store','s',1),('open_seconds','time to open it','s',1),('pass_seconds','time of a pass','s',1),('store_bytes','store','MB',1e-6),('pass_memory','anonymous memory after a pass','MB',1e-6))]
     return rows,dict(images=images, batch=batch, workers=workers, worker_start_seconds=worker_start(s))
