@@ -38,6 +38,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sesemi_fastai.augment.Recipe.__init__': ( 'augment.html#recipe.__init__',
                                                                                   'sesemi_fastai/augment.py'),
                                        'sesemi_fastai.augment._collate_crops': ('augment.html#_collate_crops', 'sesemi_fastai/augment.py'),
+                                       'sesemi_fastai.augment._empty': ('augment.html#_empty', 'sesemi_fastai/augment.py'),
+                                       'sesemi_fastai.augment._free': ('augment.html#_free', 'sesemi_fastai/augment.py'),
                                        'sesemi_fastai.augment._look_up': ('augment.html#_look_up', 'sesemi_fastai/augment.py'),
                                        'sesemi_fastai.augment._look_up_planes': ( 'augment.html#_look_up_planes',
                                                                                   'sesemi_fastai/augment.py'),

@@ -10,6 +10,7 @@ __all__ = ['recipes', 'RandomGamma', 'Crop', 'DrawCrop', 'CentreCrop', 'CropBatc
 from fastai.vision.all import *
 from torchvision.transforms import v2
 from torch.utils.data._utils.collate import default_collate_fn_map
+import weakref
 
 # %% ../nbs/01_augment.ipynb #86140d98
 class RandomGamma(nn.Module):
@@ -85,11 +86,25 @@ def _look_up(pics, tables):
     "`tables` at the values of `pics`, all at once"
     return tables.gather(2, torch.stack([*pics]).long())
 
+_spare = {}   # by size, memory of a batch that is gone
+def _free(n, mem):
+    if len(_spare)>3: _spare.clear()
+    _spare[n] = mem
+
+def _empty(*shape):
+    "As `torch.empty` of float32, in memory that was used before where there is some: new pages cost as much as half of what fills them"
+    n = math.prod(shape)
+    mem = _spare.pop(n, None)
+    if mem is None: mem = np.empty(n, np.float32)
+    res = np.frombuffer(mem, np.float32)   # lives as long as any tensor on it
+    weakref.finalize(res, _free, n, mem).atexit = False
+    return torch.from_numpy(res).view(shape)
+
 def _look_up_planes(pics, tables):
-    "The same plane by plane, in pieces that stay in a core's cache; NumPy asks for huge pages, which fill four times as fast"
+    "The same plane by plane, in pieces that stay in a core's cache"
     for i,(pic,table) in enumerate(zip(pics, tables)):
-        if i==0: res = torch.from_numpy(np.empty((len(tables),*pic.shape), np.float32))
-        for values,t,out in zip(pic, table, res[i]): torch.index_select(t, 0, values.int(), out=out)
+        if i==0: res = _empty(len(tables), *pic.shape)
+        for values,t,out in zip(pic.int(), table, res[i]): torch.index_select(t, 0, values, out=out)
     return res
 
 class DevelopCrops(Normalize):
@@ -114,9 +129,9 @@ class DevelopCrops(Normalize):
         x # `CropBatch`
     ): # Of each crop `(3,size*size)` uint8
         "The crops, resized and flipped"
-        o,s = 0,self.size
+        flat,o,s = x.as_subclass(Tensor),0,self.size
         for h,w,_,flip in x.table:
-            pic = x.as_subclass(Tensor)[o:o+h*w*3].view(1,h,w,3).permute(0,3,1,2); o += h*w*3
+            pic = flat[o:o+h*w*3].view(1,h,w,3).permute(0,3,1,2); o += h*w*3
             if (h,w)!=(s,s): pic = _resize(pic, s)
             if flip: pic = pic.flip(-1)
             yield pic.reshape(3,s*s)

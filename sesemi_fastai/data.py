@@ -195,7 +195,7 @@ def from_folder(cls:PairedDataLoaders,
     bs:int=None, # Labelled images a step; 4 × `unlabeled_bs` by default
     recipe:str='reference', # Augmentation: one of `recipes`
     seed:int=None, # Of order and augmentation; drawn from torch's generator by default
-    num_workers:int=None, # Worker processes of the labelled stream, and for the unlabelled one a share by its batch; one a core by default, none on a CPU with a store
+    num_workers:int=None, # Worker processes of the labelled stream, and for the unlabelled one a share by its batch; one a core by default, none on a CPU
     exclude=(), # Files to leave out of every stream, or a JSON file that lists them
     on_bad_image:str='error', # A picture that can't be read: 'error', or 'skip' to train without it
     n_steps:int=None, # Batches in an epoch, if fewer than one pass over the unlabelled pool
@@ -215,7 +215,7 @@ def from_folder(cls:PairedDataLoaders,
     if not files.unlabeled: raise ValueError(f"{path} holds no unlabelled image in {unlabeled}: name the right folders with unlabeled=(...).")
     if bad is None and rec.side is None: check_images(files.all())
     read = load_image if rec.side is None else open_store(files.all(), files.path, rec.side, store)
-    if num_workers is None and isinstance(read, PictureStore) and torch.device(ifnone(device, default_device())).type=='cpu': num_workers = 0   # the network has all cores, and a store leaves workers little to do
+    if num_workers is None and torch.device(ifnone(device, default_device())).type=='cpu': num_workers = 0   # the network has all cores, and workers hold up its threads
     if verbose and files.left_out and not rank_distrib(): print(f"Left out of {train!r}: {len(files.left_out)} folders ({sum(files.left_out.values()):,} images) that are no class of {valid!r}; they stay on disk.")
     n,splits = len(files.labeled),(range(len(files.labeled)), range(len(files.labeled), len(files.labeled)+len(files.valid)))
     pics = [ReadPicture(read), Picture(rec.train, 0), Picture(rec.valid, 1, rec.plain)]
