@@ -87,9 +87,9 @@ def _look_up(pics, tables):
     return tables.gather(2, torch.stack([*pics]).long())
 
 _spare = {}   # by size, memory of a batch that is gone
-def _free(n, mem):
-    if len(_spare)>3: _spare.clear()
-    _spare[n] = mem
+def _free(spare, n, mem):   # a batch may outlive this module's names
+    if len(spare)>3: spare.clear()
+    spare[n] = mem
 
 def _empty(*shape):
     "As `torch.empty` of float32, in memory that was used before where there is some: new pages cost as much as half of what fills them"
@@ -97,7 +97,7 @@ def _empty(*shape):
     mem = _spare.pop(n, None)
     if mem is None: mem = np.empty(n, np.float32)
     res = np.frombuffer(mem, np.float32)   # lives as long as any tensor on it
-    weakref.finalize(res, _free, n, mem).atexit = False
+    weakref.finalize(res, _free, _spare, n, mem).atexit = False
     return torch.from_numpy(res).view(shape)
 
 def _look_up_planes(pics, tables):
@@ -119,11 +119,13 @@ class DevelopCrops(Normalize):
         res.size = size
         return res
     def tables(self,
-        gammas # One exponent a picture
+        gammas, # One exponent a picture
+        device='cpu' # Where to
     )->Tensor: # `(n,3,256)`: what each value of each colour becomes
         "Gamma and normalisation of all `uint8` values"
-        v = (torch.arange(256.)*(1/255)).pow(torch.tensor(gammas, dtype=torch.float32)[:,None])[:,None]
-        return (v-self.mean.cpu().view(1,3,1))/self.std.cpu().view(1,3,1)
+        v = (torch.arange(256., device=device)*(1/255)).pow(torch.tensor(gammas, dtype=torch.float32, device=device)[:,None])[:,None]
+        mean,std = (o.to(device).view(1,3,1) for o in (self.mean,self.std))
+        return (v-mean)/std
 
     def pictures(self,
         x # `CropBatch`
@@ -138,7 +140,7 @@ class DevelopCrops(Normalize):
 
     def encodes(self, x:CropBatch):
         look_up = _look_up_planes if x.device.type=='cpu' else _look_up
-        res = look_up(self.pictures(x), self.tables([o[2] for o in x.table]).to(x.device))
+        res = look_up(self.pictures(x), self.tables([o[2] for o in x.table], x.device))
         return TensorImage(res.view(-1, 3, self.size, self.size))
 
 # %% ../nbs/01_augment.ipynb #5b53b639

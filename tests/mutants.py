@@ -35,7 +35,7 @@ mutants = [
     M('augment', "if flip: pic = pic.flip(-1)", "if flip: pic = pic.flip(-2)", 'augment test_fast.py'),
     M('augment', "random.uniform(*self.gamma), random.random()<.5", "1., random.random()<.5", 'augment test_fast.py'),
     M('augment', "scale:tuple=(.2,1.), #", "scale:tuple=(.3,1.), #", 'augment test_fast.py'),
-    M('augment', "torch.arange(256.)*(1/255)", "torch.arange(256.)*(1/256)", 'augment'),
+    M('augment', "torch.arange(256., device=device)*(1/255)", "torch.arange(256., device=device)*(1/256)", 'augment'),
     M('store', "int((have!=want).sum())", "0", 'store'),
     M('store', "if zlib.crc32(self._picture(i))!=self.index['crc'][i]: raise", "if False: raise", 'store'),
     M('store', "np.asarray(self.resize(load_image(path)))", "np.asarray(load_image(path).resize((self.side,self.side)))", 'store test_fast.py'),

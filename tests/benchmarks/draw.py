@@ -34,7 +34,7 @@ def draw(out):
         g = res['growth']['raw']
         fig,axs = plt.subplots(1, 5, figsize=(16,3), layout='constrained')
         lines(axs[0], g['images'], 'images', ('build_seconds','open_seconds','pass_seconds'), 'Time to make the store, to open it, of a pass', 's')
-        lines(axs[1], g['images'], 'images', ('store_bytes','pass_memory'), 'Store, and anonymous memory after a pass', 'MB', scale=1e-6)
+        lines(axs[1], g['images'], 'images', ('store_bytes','pass_memory'), 'Store, and memory of the process after a pass', 'MB', scale=1e-6)
         lines(axs[2], g['batch'], 'images', ('plain','reference','fast'), 'A step, by images in it', 's')
         lines(axs[3], g['batch'], 'images', ('joint','sequential'), 'Activations of a step, by images in it', 'MB', scale=1e-6)
         lines(axs[4], g['workers'], 'workers', ('plain','reference','fast'), 'Data alone, by workers', 'images/s', log=False)

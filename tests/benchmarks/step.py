@@ -14,8 +14,8 @@ class Timed(Callback):
     def after_train(self): self.learn.train_seconds = time.perf_counter()-self.start
     def before_validate(self): raise CancelValidException
 
-def learner(arch, root, size, ubs, steps, recipe, num_workers, store):
-    dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=ubs, seed=0, n_steps=steps, recipe=recipe, num_workers=num_workers, store=store, verbose=False)
+def learner(arch, root, size, ubs, steps, recipe, store):
+    dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=ubs, seed=0, n_steps=steps, recipe=recipe, store=store, verbose=False)
     return sesemi_learner(dls, arch, cbs=[RotationPretext(),Timed()])
 
 def train(learn, lr=.01):
@@ -23,14 +23,14 @@ def train(learn, lr=.01):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, lr)
     return learn.train_seconds
 
-def arms(arch, root, size, ubs, steps, s, num_workers=None):
-    "The three, each as a function that makes `steps` steps from freshly started loaders and says how long they took"
-    learns = {k:learner(arch, root, size, ubs, steps, k, num_workers, s.work/'store') for k in ('reference','fast')}
-    plain = Loop(arch, root, learns['fast'].dls.unlabeled.dataset.items, size, ubs, 2 if num_workers is None else num_workers)
-    return dict(plain=functools.partial(plain.run, steps), **{k:functools.partial(train, o) for k,o in learns.items()})
+def arms(arch, root, size, ubs, steps, s):
+    "The plain loop with two workers and with none, and both recipes as they are by default: functions that make `steps` steps from freshly started loaders and say how long they took"
+    learns = {k:learner(arch, root, size, ubs, steps, k, s.work/'store') for k in ('reference','fast')}
+    plain = {k:Loop(arch, root, learns['fast'].dls.unlabeled.dataset.items, size, ubs, n) for k,n in (('plain',2),('alone',0))}
+    return {k:functools.partial(o.run, steps) for k,o in plain.items()}|{k:functools.partial(train, o) for k,o in learns.items()}
 
 def run(s):
-    cases = [(resnet10, small_images(s), 32, 4, 2)] if s.quick else [(resnet18, small_images(s), 64, 32, 12), (resnet50, large_images(s), 128, 16, 5)]
+    cases = [(resnet10, small_images(s), 32, 4, 2)] if s.quick else [(resnet18, small_images(s), 64, 32, 6), (resnet50, large_images(s), 128, 16, 2)]
     targets,rows,raw = dict(resnet18=.50, resnet50=.45),[],[]
     for arch,root,size,ubs,steps in cases:
         torch.manual_seed(0)
@@ -38,5 +38,6 @@ def run(s):
         what = f'{arch.__name__}, {size} px, {4*ubs}+4×{ubs} images'
         for k,target in (('reference',1.),('fast',targets.get(arch.__name__))):
             rows.append(ratio(f'whole step, {k} recipe: {what}', t[k], t['plain'], target, 's', 1/steps))
+            rows.append(ratio(f'whole step, {k} recipe, the rival without workers: {what}', t[k], t['alone'], None, 's', 1/steps))
         raw.append(dict(what=what, steps=steps, seconds=t))
     return rows,raw
