@@ -440,6 +440,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'sesemi_fastai/store.py'),
                                      'sesemi_fastai.store.DecodePicture.__init__': ( 'store.html#decodepicture.__init__',
                                                                                      'sesemi_fastai/store.py'),
+                                     'sesemi_fastai.store.DecodePicture.stays': ( 'store.html#decodepicture.stays',
+                                                                                  'sesemi_fastai/store.py'),
                                      'sesemi_fastai.store.PictureStore': ('store.html#picturestore', 'sesemi_fastai/store.py'),
                                      'sesemi_fastai.store.PictureStore.__call__': ( 'store.html#picturestore.__call__',
                                                                                     'sesemi_fastai/store.py'),

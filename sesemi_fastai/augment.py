@@ -53,9 +53,14 @@ class DrawCrop:
         return Crop(pixels[i:i+h,j:j+w], random.uniform(*self.gamma), random.random()<.5)
 
 class CentreCrop:
-    "The middle `size` pixels, as torchvision's `CenterCrop` takes them"
-    def __init__(self, size:int): self.size = size # Side, in pixels
+    "The middle `size` pixels of a picture whose short side is `side`, or is resized to that, as torchvision's `Resize` and `CenterCrop` take them"
+    def __init__(self,
+        size:int, # Side of the crop, in pixels
+        side:int # Short side of the picture, in pixels
+    ):
+        self.size,self.side,self.resize = size,side,v2.Resize(side, antialias=True)
     def __call__(self, pixels):
+        if min(pixels.shape[:2])!=self.side: pixels = np.asarray(self.resize(Image.fromarray(pixels)))
         i,j = (int(round((o-self.size)/2.)) for o in pixels.shape[:2])
         return Crop(pixels[i:i+self.size,j:j+self.size])
 
@@ -104,7 +109,8 @@ def _look_up_planes(pics, tables):
     "The same plane by plane, in pieces that stay in a core's cache"
     for i,(pic,table) in enumerate(zip(pics, tables)):
         if i==0: res = _empty(len(tables), *pic.shape)
-        for values,t,out in zip(pic.int(), table, res[i]): torch.index_select(t, 0, values, out=out)
+        planes = pic.to(torch.int32, memory_format=torch.contiguous_format)   # colours come interleaved
+        for values,t,out in zip(planes, table, res[i]): torch.index_select(t, 0, values, out=out)
     return res
 
 class DevelopCrops(Normalize):
@@ -158,7 +164,7 @@ class Recipe:
         valid, # And for validation
         after_batch, # Transforms of a batch on the model's device, `Normalize` among them
         plain, # What a validation picture becomes by torchvision alone, in 0..1: for exports
-        side:int=None, # Short side of the decoded pictures that `train` and `valid` take; by default they take RGB pictures as they are
+        side:int=None, # Short side to which larger pictures were reduced that `train` and `valid` take as arrays; by default they take RGB pictures as they are
         native:bool=False # Train in bfloat16 and channels last where the hardware has them
     ):
         store_attr()
@@ -177,7 +183,8 @@ def fast_recipe(
     size:int=224 # Side of the crop, in pixels
 )->Recipe:
     "The distributions of the reference, from pictures that are decoded once, in batches on the model's device"
-    return Recipe(DrawCrop(size), CentreCrop(size), [DevelopCrops.to_size(size)], reference_recipe(size).plain, side=valid_resize(size), native=True)
+    side = valid_resize(size)
+    return Recipe(DrawCrop(size), CentreCrop(size, side), [DevelopCrops.to_size(size)], reference_recipe(size).plain, side=side, native=True)
 
 recipes = dict(reference=reference_recipe, fast=fast_recipe)
 

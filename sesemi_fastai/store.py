@@ -18,14 +18,20 @@ from .images import *
 
 # %% ../nbs/02_store.ipynb #e3d069d4
 class DecodePicture:
-    "Read a file as `(H,W,3)` uint8 with its short side at `side` pixels; raises `BadImageError`"
+    "Read a file as `(H,W,3)` uint8 with its short side at `side` pixels, or less, or up to a fifth more where it was that; raises `BadImageError`"
     def __init__(self, side:int): # Short side, in pixels
         self.side,self.resize = side,v2.Resize(side, antialias=True)
+    def stays(self,
+        size # Width and height of a picture
+    )->bool:
+        "Whether it is small enough to be kept as it is"
+        return 5*min(size)<6*self.side
     def __call__(self, path):
-        return np.asarray(self.resize(load_image(path)))
+        im = load_image(path)
+        return np.asarray(im if self.stays(im.size) else self.resize(im))
 
 # %% ../nbs/02_store.ipynb #a0f6ebc5
-_version = 1
+_version = 2
 _row = np.dtype([('offset','i8'),('h','i4'),('w','i4'),('crc','u4'),('size','i8'),('mtime','i8')])
 
 def _file_stats(files):
@@ -109,9 +115,11 @@ def _bar(gen, total):
     "A progress bar where someone can see it"
     return progress_bar(gen, total=total, leave=False) if sys.stdout.isatty() or IN_NOTEBOOK else gen
 
-def _n_bytes(path, side):
+def _n_bytes(path, decode):
     "About how many bytes the picture has after decoding, from the head of its file"
-    with opened(path) as im: return 3*side*side*min(32, max(im.size)/min(im.size))
+    with opened(path) as im:
+        short = min(im.size) if decode.stays(im.size) else decode.side
+        return 3*short*short*min(32, max(im.size)/min(im.size))
 
 def _write_store(part, files, names, stats, decode, n_threads):
     "Decode `files` into the folder `part`"
@@ -138,7 +146,7 @@ def _swap(part, folder, old):
 def _build(folder, root, files, stats, decode, n_threads, why):
     "Make the store `folder`, under its lock"
     for o in folder.parent.glob(f'.{folder.name}-*.part'): shutil.rmtree(o, ignore_errors=True)   # of a process that was killed
-    need,free = math.ceil(sum(_in_order(partial(_n_bytes, side=decode.side), files, n_threads))),shutil.disk_usage(folder.parent).free
+    need,free = math.ceil(sum(_in_order(partial(_n_bytes, decode=decode), files, n_threads))),shutil.disk_usage(folder.parent).free
     if need>free: raise OSError(errno.ENOSPC, f'{need/1e9:.1f} GB are needed and {free/1e9:.1f} GB are free')
     print(f"{why}Storing {len(files):,} decoded pictures, {need/1e6:,.0f} MB, in {folder}", flush=True)
     part,old = (Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', suffix='.part', dir=folder.parent)) for _ in range(2))

@@ -7,7 +7,7 @@ from torchvision.models import resnet18
 from sesemi_fastai.all import *
 from common import *
 from memory import activations,learner
-from pipeline import loaders,one_pass
+from pipeline import loaders,passes
 from step import arms
 
 def copies(s, n):
@@ -35,8 +35,8 @@ def start(root, store, size):
     torch.set_num_threads(1)
     dls,first = opened(); made = anonymous()
     dls,second = opened()
-    one_pass(dls.unlabeled); t = time.perf_counter()
-    one_pass(dls.unlabeled)
+    passes([dls.unlabeled]); t = time.perf_counter()
+    passes([dls.unlabeled])
     return dict(images=len(dls.unlabeled.dataset), build_seconds=first, open_seconds=second, pass_seconds=time.perf_counter()-t, store_bytes=list_stores(store)[0]['bytes'],
                 build_memory=made, pass_memory=anonymous())
 
@@ -60,17 +60,17 @@ def with_workers(s):
     res = []
     for nw in ((0,1) if s.quick else (0,1,2,4)):
         size,bs = (32,8) if s.quick else (224,32)
-        dls,n = loaders(large_images(s), size, bs, s, nw)
-        t = rounds({k:functools.partial(one_pass, o) for k,o in dls.items()}, 1 if s.quick else 3)
+        dls,n = loaders(large_images(s), size, bs, s, nw, 2)
+        t = rounds({k:functools.partial(passes, o) for k,o in dls.items()}, 1 if s.quick else 3)
         res.append(dict(workers=nw, **{k:n/min(v) for k,v in t.items()}))
     return res
 
 def worker_start(s):
     "Seconds that an epoch's start costs with two workers, over what its batches cost"
     dls,n = loaders(small_images(s), 32, 8, s, 2)
-    dl = dls['fast']; dl.n_steps = 1
+    dl, = dls['fast']; dl.n_steps = 1
     t = time.perf_counter()
-    for _ in range(5): one_pass(dl)
+    for _ in range(5): passes([dl])
     return (time.perf_counter()-t)/5
 
 def run(s):
