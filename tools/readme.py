@@ -57,7 +57,7 @@ def benchmarks():
         spread = f" ({r['low']:.2f} to {r['high']:.2f})" if r['pairs']>1 else ''
         rows.append(f"| {r['name']} | {r['ratio']:.2f}×{spread} | {r['pairs']} | {num(r['mine'],r['unit'])} | {num(r['other'],r['unit'])} | "+(f"{'≥' if r['target']>2 else '≤'} {r['target']:.2f}× |" if r['target'] else '|'))
     m = next(iter(res.values()))['machine']
-    return '\n'.join([*rows, '', f"Measured on {m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, torch {m['torch']}, commit {m['commit']}, {m['time']}."+(f" To start two workers, once an epoch, takes {res['growth']['raw']['worker_start_seconds']:.1f} s." if 'growth' in res else ''), '', '![Ratios](images/bench.png)', '![Growth](images/growth.png)'])
+    return '\n'.join([*rows, '', f"Measured on {m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, torch {m['torch']}, {m['time']}, at {', '.join(dict.fromkeys(o['machine']['commit'] for o in res.values()))}."+(f" To start two workers, once an epoch, takes {res['growth']['raw']['worker_start_seconds']:.1f} s." if 'growth' in res else ''), '', '![Ratios](images/bench.png)', '![Growth](images/growth.png)'])
 
 def accuracies():
     "What both recipes reached with the same seeds, and whether the fast one is as good: its mean not below by more than a standard error of the difference"
