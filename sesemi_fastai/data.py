@@ -17,10 +17,10 @@ from .store import *
 from .streams import *
 
 # %% ../nbs/04_data.ipynb #cb6c54c6
-def _n_workers(num_workers, bs, unlabeled_bs):
-    "Workers of the labelled stream, and for the unlabelled one a share by its batch"
-    n = max(1, min(16, defaults.cpus)//int(os.environ.get('LOCAL_WORLD_SIZE', 1))) if num_workers is None else num_workers   # processes share the machine
-    return n, -(-n*unlabeled_bs//bs) if n else 0
+def _default_workers(device):
+    "One a core, which the processes of a machine share; none on a CPU: the network has all its cores, and workers hold up its threads"
+    if torch.device(ifnone(device, default_device())).type=='cpu': return 0
+    return max(1, min(16, defaults.cpus)//int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 class PairedDataLoaders(DataLoaders):
     "`train` (labelled, cycled), `valid` and `unlabeled`: an epoch is one pass over the unlabelled items"
@@ -64,10 +64,10 @@ class PairedDataLoaders(DataLoaders):
         for n,b,what in ((len(items),ubs,'unlabelled'),(len(train.dataset),bs,'labelled')):
             if n<b: raise ValueError(f"There are {n} {what} images for batches of {b}: add images or use a smaller {'unlabeled_bs' if what=='unlabelled' else 'bs'}.")
         if seed is None: seed = torch.randint(2**31, (1,)).item()
-        nw,unw = _n_workers(ifnone(num_workers, train.fake_l.num_workers), bs, ubs)
+        nw = ifnone(num_workers, train.fake_l.num_workers)
         kw = dict(cls=StreamDL, seed=seed, shuffle=True, drop_last=True, n_steps=min(n_steps or len(items), len(items)//ubs), bad=bad)
         labeled = train.new(stream='labeled', num_workers=nw, **kw)
-        unlabeled = train.new(_unlabeled_set(train.dataset, items), stream='unlabeled', num_workers=unw, bs=ubs, **kw)
+        unlabeled = train.new(_unlabeled_set(train.dataset, items), stream='unlabeled', num_workers=-(-nw*ubs//bs), bs=ubs, **kw)   # a share by its batch
         unlabeled._one_pass()   # its own types: the copy above brought the labelled ones along
         return cls(labeled, dls.valid, unlabeled, path=dls.path, device=dls.device)
 
@@ -215,15 +215,15 @@ def from_folder(cls:PairedDataLoaders,
     if not files.unlabeled: raise ValueError(f"{path} holds no unlabelled image in {unlabeled}: name the right folders with unlabeled=(...).")
     if bad is None and rec.side is None: check_images(files.all())
     read = load_image if rec.side is None else open_store(files.all(), files.path, rec.side, store)
-    if num_workers is None and torch.device(ifnone(device, default_device())).type=='cpu': num_workers = 0   # the network has all cores, and workers hold up its threads
+    num_workers = ifnone(num_workers, _default_workers(device))
     if verbose and files.left_out and not rank_distrib(): print(f"Left out of {train!r}: {len(files.left_out)} folders ({sum(files.left_out.values()):,} images) that are no class of {valid!r}; they stay on disk.")
     n,splits = len(files.labeled),(range(len(files.labeled)), range(len(files.labeled), len(files.labeled)+len(files.valid)))
     pics = [ReadPicture(read), Picture(rec.train, 0), Picture(rec.valid, 1, rec.plain)]
     dsets = Datasets(files.labeled+files.valid, [pics, [ClassFolder(files.path, (train,valid)), Categorize(vocab=files.vocab)]], splits=splits)
     bs = bs or 4*unlabeled_bs
-    dls = dsets.dataloaders(bs=min(bs,n), val_bs=val_bs or bs, path=files.path, device=device, num_workers=_n_workers(num_workers, bs, bs)[0],
+    dls = dsets.dataloaders(bs=min(bs,n), val_bs=val_bs or bs, path=files.path, device=device, num_workers=num_workers,
                             after_batch=rec.after_batch)
     dls.train.bs = bs
-    res = cls.from_dls(dls, files.unlabeled, unlabeled_bs=unlabeled_bs, seed=seed, n_steps=n_steps, num_workers=num_workers, bad=bad)
+    res = cls.from_dls(dls, files.unlabeled, unlabeled_bs=unlabeled_bs, seed=seed, n_steps=n_steps, bad=bad)
     res.recipe,res.left_out = rec,files.left_out
     return res

@@ -34,15 +34,12 @@ class DecodePicture:
 _version = 2
 _row = np.dtype([('offset','i8'),('h','i4'),('w','i4'),('crc','u4'),('size','i8'),('mtime','i8')])
 
-def _file_stats(files):
-    "Size and time of each file"
-    res = []
-    for f in files:
-        try: st = os.stat(f)
-        except FileNotFoundError: raise BadImageError(f, 'the file is gone') from None
-        except OSError as e: raise BadImageError(f, e.strerror) from None
-        res.append((st.st_size, st.st_mtime_ns))
-    return res
+def _file_stat(f):
+    "Size and time of a file"
+    try: st = os.stat(f)
+    except FileNotFoundError: raise BadImageError(f, 'the file is gone') from None
+    except OSError as e: raise BadImageError(f, e.strerror) from None
+    return st.st_size,st.st_mtime_ns
 
 def _key(meta, index):
     "Hash of everything that a store depends on"
@@ -58,7 +55,7 @@ class PictureStore:
         root:Path, # Folder that its names are relative to
         side:int # Short side of its pictures
     ):
-        self.folder,self.root,self.decode = Path(folder),Path(root),DecodePicture(side)
+        self.folder,self.root,self.decode,self.seen = Path(folder),Path(root),DecodePicture(side),None
         self._open()
     def _open(self):
         try:
@@ -70,35 +67,41 @@ class PictureStore:
         except FileNotFoundError: raise StaleStore('is not whole') from None
         except (KeyError, TypeError, ValueError, EOFError) as e: raise StaleStore(f"can't be read ({e})") from None
         self.rows = {os.path.join(self.root, o):i for i,o in enumerate(meta['names'])}
-        for i in {*np.linspace(0, len(self.index)-1, 16).astype(int)}: self._check(i)
-    def __getstate__(self): return dict(folder=self.folder, root=self.root, decode=self.decode)
+        if self.seen is None: self._check(np.linspace(0, len(self.index)-1, 16).astype(int))
+        if self.seen is None or len(self.seen)!=len(self.index): self.seen = torch.zeros(len(self.index), dtype=torch.uint8).share_memory_()
+        self._seen = self.seen.numpy()   # which pictures were checked; workers write it too
+    def __getstate__(self): return dict(folder=self.folder, root=self.root, decode=self.decode, seen=self.seen)
     def __setstate__(self, state): self.__dict__.update(state); self._open()
     def __len__(self): return len(self.index)
 
     def _picture(self, i):
         o,h,w = self.index[['offset','h','w']][i].tolist()
         return self.pixels[o:o+h*w*3].reshape(h,w,3)
-    def _check(self, i):
-        if zlib.crc32(self._picture(i))!=self.index['crc'][i]: raise StaleStore('holds bytes that are not what was written')
+    def _whole(self, i): return zlib.crc32(self._picture(i))==self.index['crc'][i]
+    def _check(self, rows):
+        if not all(map(self._whole, rows)): raise StaleStore('holds bytes that are not what was written')
     def verify(self):
         "Compare every picture with its checksum; raises `StaleStore`"
-        for i in range(len(self)): self._check(i)
+        self._check(range(len(self)))
 
-    def covers(self,
+    def lacks(self,
         files, # Paths below `root`
-        stats # Their sizes and times
-    )->str: # None, or why not
-        "Whether all `files` are here and as they were when stored"
-        rows = [self.rows.get(os.fspath(f)) for f in files]
-        if (n := rows.count(None)): return f'lacks {n:,} files'
-        have,want = self.index[['size','mtime']][rows],np.array(stats, dtype=[('size','i8'),('mtime','i8')])
-        n = int((have!=want).sum())
-        return f'holds {n:,} files that changed since' if n else None
+        stats # For each its size and time, or None where it is gone
+    )->list: # Some of `files`
+        "Those that aren't here as they are now"
+        have = self.index[['size','mtime']].tolist()
+        return [f for f,o in zip(files,stats) if (i := self.rows.get(os.fspath(f))) is None or have[i]!=o]
 
     def __call__(self, path):
-        "The picture of `path`; a file that isn't in the store is decoded"
+        "The picture of `path`, compared with its checksum the first time; from the file where the store has none, or a damaged one"
         i = self.rows.get(os.fspath(path)) if isinstance(path, (str,Path)) else None
-        return self.decode(path) if i is None else self._picture(i)
+        if i is None: return self.decode(path)
+        if not self._seen[i]:
+            if not self._whole(i):
+                warn(f"The store {self.folder} holds a damaged picture of {printable(path)}, which is decoded from its file: delete that folder to have it made again.")
+                return self.decode(path)
+            self._seen[i] = 1
+        return self._picture(i)
 
 # %% ../nbs/02_store.ipynb #759c7992
 def _in_order(f, xs, n_threads):
@@ -186,13 +189,13 @@ def open_store(
     "The store of `files`, made or made again where need be; without one, with a warning, where it can't be written"
     decode,root,files = DecodePicture(side),Path(root),list(dict.fromkeys(files))
     if store is False: check_images(files); return decode
-    folder,stats = _store_folder(root, side, store),_file_stats(files)
+    folder,stats = _store_folder(root, side, store),[*map(_file_stat, files)]
     home = folder.parent
     def ready():
         if not folder.exists(): return None,''
         try:
             res = PictureStore(folder, root, side)
-            why = res.covers(files, stats)
+            why = f'lacks {n:,} files as they are now' if (n := len(res.lacks(files, stats))) else ''
         except StaleStore as e: why = str(e)
         return (None,f'The store {folder} {why}. ') if why else (res,'')
     if (res := ready()[0]): return res
@@ -218,11 +221,10 @@ def not_stored(
     if store is False: return files
     try: have = PictureStore(_store_folder(Path(root), side, store), root, side)
     except StaleStore: return files
-    known = dict(zip(have.rows, have.index[['size','mtime']].tolist()))
-    def stats(f):
-        try: return _file_stats([f])[0]
-        except BadImageError: return None
-    return [f for f in files if (o := known.get(os.fspath(f))) is None or o!=stats(f)]
+    def stat(f):
+        try: return _file_stat(f)
+        except BadImageError: return None   # whoever reads it will say so
+    return have.lacks(files, map(stat, files))
 
 # %% ../nbs/02_store.ipynb #c237c808
 def list_stores(

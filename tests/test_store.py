@@ -1,5 +1,5 @@
 "The store of decoded pictures, in bad company: two builders at once, a kill, a full disk, files that vanish"
-import errno,multiprocessing,os,shutil,time
+import errno,json,multiprocessing,os,shutil,time
 from contextlib import redirect_stdout
 import numpy as np,pytest
 from PIL import Image
@@ -102,9 +102,28 @@ def test_changed_file_between_runs(folder, tmp_path, capsys):
     paired(folder, home)
     Image.new('RGB', (40,48), (9,99,200)).save(f)
     dls = paired(folder, home)
-    assert '1 files that changed since' in capsys.readouterr().out
+    assert 'lacks 1 files as they are now' in capsys.readouterr().out
     read = dls.train.dataset.tls[0].tfms.fs[0].tfm
     assert isinstance(read, PictureStore) and (read(f)==[9,99,200]).all()
+
+def test_damaged_picture(folder, tmp_path):
+    "Bytes that changed on disk where opening doesn't look are never served: decoded from the file, said, and all others are read once to know it"
+    home = tmp_path/'home'
+    paired(folder, home)
+    mine = list_stores(home)[0]['folder']
+    bad = folder/json.loads((mine/'store.json').read_text())['names'][1]
+    row = np.load(mine/'index.npy')[1]; at = row['offset']+row['h']*row['w']*3//2
+    with open(mine/'pixels.bin','r+b') as f: f.seek(at); b = f.read(1)[0]; f.seek(at); f.write(bytes([b^64]))
+    dls = paired(folder, home)
+    read = dls.train.dataset.tls[0].tfms.fs[0].tfm
+    with pytest.warns(UserWarning, match='damaged picture of .*delete that folder'): assert np.array_equal(read(bad), DecodePicture(32)(bad))
+    same_pictures(read, folder)
+    assert read.seen.sum()==35
+
+def test_what_workers_checked_is_not_checked_again(folder, tmp_path):
+    dls = PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=1, seed=0, recipe='fast', store=tmp_path/'home', verbose=False)
+    for _ in dls.unlabeled: pass
+    assert dls.train.dataset.tls[0].tfms.fs[0].tfm.seen.sum()==36 and len(dls.unlabeled.dataset)==36
 
 def test_names_that_are_not_text(folder, tmp_path):
     for n in (b'new\nline.png', b'\xff\xfe.png', 'ü ß.png'.encode()): shutil.copy(folder/'unsup/0.png', os.fsdecode(os.fsencode(folder/'unsup')+b'/'+n))
