@@ -125,6 +125,12 @@ def test_what_workers_checked_is_not_checked_again(folder, tmp_path):
     for _ in dls.unlabeled: pass
     assert dls.train.dataset.tls[0].tfms.fs[0].tfm.seen.sum()==36 and len(dls.unlabeled.dataset)==36
 
+def test_progress_is_shown_where_someone_sees_it(folder, tmp_path, monkeypatch, capsys):
+    for seen in (False,True):
+        monkeypatch.setattr(module.sys.stdout, 'isatty', lambda: seen)
+        open_store(find_images(folder), folder, 32, tmp_path/f'home-{seen}')
+        assert ('100.00% [39/39' in capsys.readouterr().out)==seen
+
 def test_names_that_are_not_text(folder, tmp_path):
     for n in (b'new\nline.png', b'\xff\xfe.png', 'ü ß.png'.encode()): shutil.copy(folder/'unsup/0.png', os.fsdecode(os.fsencode(folder/'unsup')+b'/'+n))
     store = open_store(find_images(folder), folder, 32, tmp_path/'home')

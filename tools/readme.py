@@ -4,14 +4,15 @@ from pathlib import Path
 import nbformat
 
 root = Path(__file__).parent.parent
+results = root/'tests/benchmarks/results'
 
-def render():
-    "Markdown of the index: its prose, and its code cells as Python"
+def render(index):
+    "Markdown of the index notebook's text: its prose, and its code cells as Python"
     parts = []
-    for c in nbformat.read(root/'nbs/index.ipynb', 4).cells:
+    for c in nbformat.reads(index, 4).cells:
         src = c.source.strip()
         if re.search(r'^#\|\s*(hide|include:\s*false|echo:\s*false)', src, re.M): continue
-        src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
+        src = re.sub(r'^(#\|.*|<!-- (table|end) -->)\n?', '', src, flags=re.M).strip()
         if not src: continue
         parts.append(src if c.cell_type=='markdown' else f'```python\n{src}\n```')
     text = '\n\n'.join(parts)+'\n'
@@ -48,27 +49,45 @@ def kills():
 
 def benchmarks():
     "The ratios of the last `make bench`, and what they were measured on"
-    home = root/'tests/benchmarks/results'
-    res = {o:json.loads((home/f'bench/{o}.json').read_text(encoding='utf-8')) for o in ('step','pipeline','overhead','memory','growth') if (home/f'bench/{o}.json').exists()}
+    res = {o.stem:json.loads(o.read_text(encoding='utf-8')) for o in (results/f'bench/{k}.json' for k in ('step','pipeline','overhead','memory','growth')) if o.exists()}
     if not res: return 'Not run yet: `make bench`.'
     num = lambda v,unit: f'{v:.3g} {unit}' if v<1000 else f'{v:,.0f} {unit}'
     rows = ['| figure | ratio | pairs | ours | other | wanted |','| --- | --- | --- | --- | --- | --- |']
     for r in (r for o in res.values() for r in o['rows']):
         spread = f" ({r['low']:.2f} to {r['high']:.2f})" if r['pairs']>1 else ''
         rows.append(f"| {r['name']} | {r['ratio']:.2f}×{spread} | {r['pairs']} | {num(r['mine'],r['unit'])} | {num(r['other'],r['unit'])} | "+(f"{'≥' if r['target']>2 else '≤'} {r['target']:.2f}× |" if r['target'] else '|'))
-    m = next(iter(res.values()))['machine']
-    return '\n'.join([*rows, '', f"Measured on {m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, torch {m['torch']}, {m['time']}, at {', '.join(dict.fromkeys(o['machine']['commit'] for o in res.values()))}."+(f" To start two workers, once an epoch, takes {res['growth']['raw']['worker_start_seconds']:.1f} s." if 'growth' in res else ''), '', '![Ratios](images/bench.png)', '![Growth](images/growth.png)'])
+    on = {}
+    for k,m in ((k,o['machine']) for k,o in res.items()): on.setdefault(f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, torch {m['torch']}, {m['time'][:10]}, at {m['commit']}", []).append(k)
+    start = f" To the first batch of an epoch with two workers it takes {res['growth']['raw']['worker_start_seconds']:.1f} s." if 'growth' in res else ''
+    return '\n'.join([*rows, '', 'Measured on '+'; '.join(f"{m} ({', '.join(v)})" for m,v in on.items())+'.'+start, '', '![Ratios](images/bench.png)', '![Growth](images/growth.png)'])
+
+def runs(folder, what='run'):
+    "Accuracy in % by seed of the runs in `folder` of the benchmarks' results"
+    found = [json.loads(o.read_text(encoding='utf-8')) for o in sorted((results/folder).glob(f'{what}-*/results.json'))]
+    return {o['seed']:o['accuracy'] for o in found}
 
 def accuracies():
     "What both recipes reached with the same seeds, and whether the fast one is as good: its mean not below by more than a standard error of the difference"
-    home = root/'tests/benchmarks/results'
-    runs = {k:[json.loads(o.read_text(encoding='utf-8')) for o in sorted((home/f).glob('run-*/results.json'))] for k,f in (('reference','imagewang-80'),('fast','imagewang-80-fast'))}
-    acc = {k:{o['seed']:o['accuracy'] for o in v} for k,v in runs.items()}
+    acc = {k:runs(f'recipes/{k}') for k in ('reference','fast')}
     seeds = sorted(acc['reference'].keys()&acc['fast'].keys())
     rows = ['| seed | reference | fast |','| --- | --- | --- |',*(f"| {o} | {acc['reference'][o]:.2f} % | {acc['fast'][o]:.2f} % |" for o in seeds)]
     if len(seeds)<2: return '\n'.join(rows)
-    (m,e),(m2,e2) = ((statistics.mean(v),statistics.stdev(v)/len(v)**.5) for v in ([acc[k][o] for o in seeds] for k in acc))
-    return '\n'.join([*rows, f"| mean ± standard error | {m:.2f} % ± {e:.2f} | {m2:.2f} % ± {e2:.2f} |", '', f"The fast recipe is {m2-m:+.2f} points from the reference, with a standard error of the difference of {(e*e+e2*e2)**.5:.2f}."])
+    (m,e),(m2,e2) = ((statistics.mean(v),statistics.stdev(v)/len(v)**.5) for v in ([o[k] for k in seeds] for o in acc.values()))
+    return '\n'.join([*rows, f"| mean ± standard error | {m:.2f} % ± {e:.2f} | {m2:.2f} % ± {e2:.2f} |", '', f"Accuracy over {len(seeds)} seeds: {m2:.2f} % with the fast recipe, {m:.2f} % with the reference; {m2-m:+.2f} points, with a standard error of {(e*e+e2*e2)**.5:.2f}."])
+
+def faster():
+    "For the first page: the ratios of which something is wanted, and the accuracy of both recipes"
+    files = [o for o in (results/f'bench/{k}.json' for k in ('step','pipeline','overhead','memory')) if o.exists()]
+    rows = [r for o in files for r in json.loads(o.read_text(encoding='utf-8'))['rows'] if (r['target'] or 'without workers' in r['name']) and 'reference' not in r['name']]
+    return '\n'.join(['| on two CPU cores | ratio |', '| --- | --- |', *(f"| {r['name']} | {r['ratio']:.2f}× |" for r in rows), '', *[o for o in accuracies().split('\n') if o.startswith('Accuracy')]]).strip()
+
+def twins():
+    "SESEMI and its supervised twins of as many steps"
+    one,two = (runs('imagewang-80', o) for o in ('run','twin'))
+    rows = [(str(k),one[k],v,one[k]-v) for k,v in two.items()]
+    mean = [statistics.mean(o) for o in [*zip(*rows)][1:]]; sd = [statistics.stdev(o) for o in [*zip(*rows)][1:3]]
+    return '\n'.join(['| seed | SESEMI | supervised twin, equal steps | difference |', '| --- | --- | --- | --- |', *(f'| {k} | {a:.2f} % | {b:.2f} % | {d:+.2f} |' for k,a,b,d in rows),
+        f'| mean ± sample standard deviation | {mean[0]:.2f} % ± {sd[0]:.2f} | {mean[1]:.2f} % ± {sd[1]:.2f} | {mean[2]:+.2f} |'])
 
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
@@ -78,9 +97,10 @@ def with_tables(text, tables):
     return nbformat.writes(nb, 4)+'\n'
 
 if __name__=='__main__':
-    texts = {root/'README.md': render()}
-    for name,*tables in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks(),accuracies())):
+    texts = {}
+    for name,*tables in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks(),accuracies()), ('index',twins(),faster())):
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
+    texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
     for path,text in texts.items():
         if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
         elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit(f'{path.name} differs from what it is made from: run `make prepare`.')

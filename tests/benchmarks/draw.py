@@ -4,7 +4,8 @@ from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-colours = dict(plain='tab:gray', reference='tab:blue', fast='tab:orange')
+arms = ('plain','reference','fast')
+colours = dict(zip(arms, ('tab:gray','tab:blue','tab:orange')))
 
 def bars(ax, rows):
     "Ratios as points with their range, targets as lines"
@@ -16,9 +17,11 @@ def bars(ax, rows):
     ax.set_xscale('log'); ax.set_xlabel('ratio: dot median, line range, dashes what is wanted')
     ticks = [.25,.5,1,2,4,8]; ax.set_xticks(ticks, map(str, ticks)); ax.minorticks_off(); ax.grid(axis='x', alpha=.3)
 
-def lines(ax, data, x, keys, title, ylabel, log=True, scale=1.):
-    for k in keys: ax.plot([o[x] for o in data], [o[k]*scale for o in data], marker='.', label=k, color=colours.get(k))
-    if log: ax.set_xscale('log'); ax.set_yscale('log')
+def lines(ax, data, x, keys, title, ylabel, log='xy', scale=1., suffix=''):
+    for k in keys: ax.plot([o[x] for o in data], [o[k+suffix]*scale for o in data], marker='.', label=k.replace('_',' '), color=colours.get(k))
+    if 'x' in log: ax.set_xscale('log')
+    if 'y' in log: ax.set_yscale('log')
+    else: ax.set_ylim(0, 1.1*ax.get_ylim()[1])
     ax.set_xticks([o[x] for o in data], [f'{o[x]:,}' for o in data]); ax.minorticks_off()
     ax.yaxis.set_major_formatter(lambda v,_: f'{v:g}')
     ax.set_title(title, fontsize=9); ax.set_xlabel(x, fontsize=8); ax.set_ylabel(ylabel, fontsize=8); ax.legend(fontsize=7); ax.tick_params(labelsize=7)
@@ -32,10 +35,13 @@ def draw(out):
         bars(ax, rows); fig.savefig(Path(out)/'bench.png', dpi=110); plt.close(fig)
     if 'growth' in res:
         g = res['growth']['raw']
-        fig,axs = plt.subplots(1, 5, figsize=(16,3), layout='constrained')
-        lines(axs[0], g['images'], 'images', ('build_seconds','open_seconds','pass_seconds'), 'Time to make the store, to open it, of a pass', 's')
+        fig,axs = plt.subplots(2, 4, figsize=(15,6), layout='constrained')
+        axs = axs.flatten(); axs[-1].axis('off')
+        lines(axs[0], g['images'], 'images', ('build_seconds','open_seconds','pass_seconds'), 'To make the store, to open it, a pass, by images', 's')
         lines(axs[1], g['images'], 'images', ('store_bytes','pass_memory'), 'Store, and memory of the process after a pass', 'MB', scale=1e-6)
-        lines(axs[2], g['batch'], 'images', ('plain','reference','fast'), 'A step, by images in it', 's')
+        lines(axs[2], g['batch'], 'images', arms, 'A step, by images in it', 's')
         lines(axs[3], g['batch'], 'images', ('joint','sequential'), 'Activations of a step, by images in it', 'MB', scale=1e-6)
-        lines(axs[4], g['workers'], 'workers', ('plain','reference','fast'), 'Data alone, by workers', 'images/s', log=False)
+        lines(axs[4], g['batch'], 'images', ('overhead',), 'Our overhead over the bare step, by images in it', 'ratio', log='x')
+        lines(axs[5], g['workers'], 'workers', arms, 'Data alone with its workers started, by workers', 'images/s', log='')
+        lines(axs[6], g['workers'], 'workers', arms, 'A step with workers started, by workers a stream', 's', log='', suffix=' step')
         fig.savefig(Path(out)/'growth.png', dpi=110); plt.close(fig)

@@ -7,6 +7,7 @@ from torchvision.models import resnet18
 from sesemi_fastai.all import *
 from common import *
 from memory import activations,learner
+from overhead import step_overhead
 from pipeline import loaders,passes
 from step import arms
 
@@ -27,18 +28,18 @@ def anonymous():
     return 1024*next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
 
 def start(root, store, size):
-    "In a process of its own: seconds to make the store, to open it and for a pass over it, its size, anonymous memory at each point"
+    "In a process of its own: seconds to make the store, to open it and for a pass over it, its size, anonymous memory after that"
     def opened():
         t = time.perf_counter()
         dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=4, seed=0, recipe='fast', num_workers=0, store=store, device='cpu', verbose=False)
         return dls,time.perf_counter()-t
     torch.set_num_threads(1)
-    dls,first = opened(); made = anonymous()
+    dls,first = opened()
     dls,second = opened()
     passes([dls.unlabeled]); t = time.perf_counter()
     passes([dls.unlabeled])
-    return dict(images=len(dls.unlabeled.dataset), build_seconds=first, open_seconds=second, pass_seconds=time.perf_counter()-t, store_bytes=list_stores(store)[0]['bytes'],
-                build_memory=made, pass_memory=anonymous())
+    return dict(images=len(dls.unlabeled.dataset), build_seconds=first, open_seconds=second, pass_seconds=time.perf_counter()-t,
+                store_bytes=list_stores(store)[0]['bytes'], pass_memory=anonymous())
 
 def with_images(s):
     res,size = [],32 if s.quick else 64
@@ -47,31 +48,36 @@ def with_images(s):
     return res
 
 def with_batch(s):
-    "Seconds of a step, and bytes of activations"
+    "Seconds of a step, bytes of activations, and what our code adds to the bare step"
     res = []
     for ubs in ((2,4) if s.quick else (4,16,64)):
         arch,size,steps = (resnet10,32,2) if s.quick else (resnet18,64,max(3,64//ubs))
         t = rounds(arms(arch, small_images(s), size, ubs, steps, s), 1 if s.quick else 2)
         kept = {k:activations(learner(arch.__name__, size, ubs, k)) for k in ('joint','sequential')}
-        res.append(dict(images=8*ubs, **{k:min(v)/steps for k,v in t.items()}, **kept))
+        over,_ = step_overhead(arch, size, ubs, steps, s)
+        res.append(dict(images=8*ubs, overhead=over['ratio'], **{k:min(v)/steps for k,v in t.items()}, **kept))
     return res
 
 def with_workers(s):
+    "Images a second of the data alone, and seconds of a step, workers started anew for both"
     res = []
-    for nw in ((0,1) if s.quick else (0,1,2,4)):
-        size,bs = (32,8) if s.quick else (224,32)
-        dls,n = loaders(large_images(s), size, bs, s, nw, 2)
-        t = rounds({k:functools.partial(passes, o) for k,o in dls.items()}, 1 if s.quick else 3)
-        res.append(dict(workers=nw, **{k:n/min(v) for k,v in t.items()}))
+    for nw in ((0,) if s.quick else (0,1,2,4)):
+        size,bs,n_pass = (32,8,2) if s.quick else (224,32,8)
+        dls,n = loaders(large_images(s), size, bs, s, nw, n_pass)
+        t = rounds({k:functools.partial(passes, o) for k,o in dls.items()}, 1 if s.quick else 2)
+        arch,size,ubs,steps = (resnet10,32,2,2) if s.quick else (resnet18,64,16,16)
+        step = rounds(arms(arch, small_images(s), size, ubs, steps, s, [('plain',nw)], nw), 1)
+        res.append(dict(workers=nw, **{k:n/min(v) for k,v in t.items()}, **{f'{k} step':min(v)/steps for k,v in step.items()}))
     return res
 
 def worker_start(s):
-    "Seconds that an epoch's start costs with two workers, over what its batches cost"
-    dls,n = loaders(small_images(s), 32, 8, s, 2)
+    "Seconds from an epoch's start to its first batch, with two workers"
+    dls,_ = loaders(small_images(s), 32, 8, s, 2)
     dl, = dls['fast']; dl.n_steps = 1
     t = time.perf_counter()
-    for _ in range(5): passes([dl])
-    return (time.perf_counter()-t)/5
+    n = 1 if s.quick else 5
+    for _ in range(n): passes([dl])
+    return (time.perf_counter()-t)/n
 
 def run(s):
     images,batch,workers = with_images(s),with_batch(s),with_workers(s)

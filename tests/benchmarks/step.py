@@ -14,8 +14,8 @@ class Timed(Callback):
     def after_train(self): self.learn.train_seconds = time.perf_counter()-self.start
     def before_validate(self): raise CancelValidException
 
-def learner(arch, root, size, ubs, steps, recipe, store):
-    dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=ubs, seed=0, n_steps=steps, recipe=recipe, store=store, verbose=False)
+def learner(arch, root, size, ubs, steps, recipe, store, num_workers=None):
+    dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=ubs, seed=0, n_steps=steps, recipe=recipe, store=store, num_workers=num_workers, verbose=False)
     return sesemi_learner(dls, arch, cbs=[RotationPretext(),Timed()])
 
 def train(learn, lr=.01):
@@ -23,11 +23,11 @@ def train(learn, lr=.01):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, lr)
     return learn.train_seconds
 
-def arms(arch, root, size, ubs, steps, s):
-    "The plain loop with two workers and with none, and both recipes as they are by default: functions that make `steps` steps from freshly started loaders and say how long they took"
-    learns = {k:learner(arch, root, size, ubs, steps, k, s.work/'store') for k in ('reference','fast')}
-    plain = {k:Loop(arch, root, learns['fast'].dls.unlabeled.dataset.items, size, ubs, n) for k,n in (('plain',2),('alone',0))}
-    return {k:functools.partial(o.run, steps) for k,o in plain.items()}|{k:functools.partial(train, o) for k,o in learns.items()}
+def arms(arch, root, size, ubs, steps, s, plain=(('plain',2),('alone',0)), num_workers=None):
+    "The plain loop, by name and its workers, and both recipes, as they are by default: functions that make `steps` steps from freshly started loaders and say how long they took"
+    learns = {k:learner(arch, root, size, ubs, steps, k, s.work/'store', num_workers) for k in ('reference','fast')}
+    loops = {k:Loop(arch, root, learns['fast'].dls.unlabeled.dataset.items, size, ubs, n) for k,n in plain}
+    return {k:functools.partial(o.run, steps) for k,o in loops.items()}|{k:functools.partial(train, o) for k,o in learns.items()}
 
 def run(s):
     cases = [(resnet10, small_images(s), 32, 4, 2)] if s.quick else [(resnet18, small_images(s), 64, 32, 6), (resnet50, large_images(s), 128, 16, 2)]
