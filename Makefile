@@ -17,7 +17,7 @@ slow: $(VENV)/.installed
 kills: $(VENV)/.installed
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests/test_resume.py -m slow
 
-# Does a test notice when the package is broken? 82 times; writes tests/results/mutants.json
+# Does a test notice when the package is broken? Writes tests/results/mutants.json
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
 
