@@ -54,7 +54,7 @@ def with_batch(s):
         arch,size,steps = (resnet10,32,2) if s.quick else (resnet18,64,max(3,64//ubs))
         t = rounds(arms(arch, small_images(s), size, ubs, steps, s), 1 if s.quick else 2)
         kept = {k:activations(learner(arch.__name__, size, ubs, k)) for k in ('joint','sequential')}
-        over,_ = step_overhead(arch, size, ubs, steps, s)
+        over,_ = step_overhead(arch, size, ubs, max(1, 8//ubs), 1 if s.quick else 16)
         res.append(dict(images=8*ubs, overhead=over['ratio'], **{k:min(v)/steps for k,v in t.items()}, **kept))
     return res
 
