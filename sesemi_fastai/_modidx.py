@@ -458,6 +458,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sesemi_fastai.store.PictureStore._open': ('store.html#picturestore._open', 'sesemi_fastai/store.py'),
                                      'sesemi_fastai.store.PictureStore._picture': ( 'store.html#picturestore._picture',
                                                                                     'sesemi_fastai/store.py'),
+                                     'sesemi_fastai.store.PictureStore._unseen': ( 'store.html#picturestore._unseen',
+                                                                                   'sesemi_fastai/store.py'),
                                      'sesemi_fastai.store.PictureStore._whole': ( 'store.html#picturestore._whole',
                                                                                   'sesemi_fastai/store.py'),
                                      'sesemi_fastai.store.PictureStore.lacks': ('store.html#picturestore.lacks', 'sesemi_fastai/store.py'),

@@ -55,8 +55,10 @@ class PictureStore:
         root:Path, # Folder that its names are relative to
         side:int # Short side of its pictures
     ):
-        self.folder,self.root,self.decode,self.seen = Path(folder),Path(root),DecodePicture(side),None
+        self.folder,self.root,self.decode = Path(folder),Path(root),DecodePicture(side)
         self._open()
+        self._check(np.linspace(0, len(self)-1, 16).astype(int))
+        self.seen = self._unseen()
     def _open(self):
         try:
             meta,self.index = json.loads((self.folder/'store.json').read_text()),np.load(self.folder/'index.npy')
@@ -67,11 +69,14 @@ class PictureStore:
         except FileNotFoundError: raise StaleStore('is not whole') from None
         except (KeyError, TypeError, ValueError, EOFError) as e: raise StaleStore(f"can't be read ({e})") from None
         self.rows = {os.path.join(self.root, o):i for i,o in enumerate(meta['names'])}
-        if self.seen is None: self._check(np.linspace(0, len(self.index)-1, 16).astype(int))
-        if self.seen is None or len(self.seen)!=len(self.index): self.seen = torch.zeros(len(self.index), dtype=torch.uint8).share_memory_()
-        self._seen = self.seen.numpy()   # which pictures were checked; workers write it too
+    def _unseen(self):
+        "For each picture whether it was checked; workers write it too"
+        return torch.zeros(len(self), dtype=torch.uint8).share_memory_()
     def __getstate__(self): return dict(folder=self.folder, root=self.root, decode=self.decode, seen=self.seen)
-    def __setstate__(self, state): self.__dict__.update(state); self._open()
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+        if len(self.seen)!=len(self): self.seen = self._unseen()   # another process has made the store again
     def __len__(self): return len(self.index)
 
     def _picture(self, i):
@@ -96,11 +101,12 @@ class PictureStore:
         "The picture of `path`, compared with its checksum the first time; from the file where the store has none, or a damaged one"
         i = self.rows.get(os.fspath(path)) if isinstance(path, (str,Path)) else None
         if i is None: return self.decode(path)
-        if not self._seen[i]:
+        seen = self.seen.numpy()
+        if not seen[i]:
             if not self._whole(i):
                 warn(f"The store {self.folder} holds a damaged picture of {printable(path)}, which is decoded from its file: delete that folder to have it made again.")
                 return self.decode(path)
-            self._seen[i] = 1
+            seen[i] = 1
         return self._picture(i)
 
 # %% ../nbs/02_store.ipynb #759c7992

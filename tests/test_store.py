@@ -77,7 +77,9 @@ def test_files_of_others_stay(folder, tmp_path):
     with pytest.warns(UserWarning, match='holds other files'): same_pictures(open_store(find_images(folder), folder, 32, home), folder)
     assert (mine/'thesis.txt').read_text()=='mine'
 
-def paired(folder, home, **kw): return PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=0, seed=0, recipe='fast', store=home, verbose=False, **kw)
+def paired(folder, home, num_workers=0, **kw): return PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=num_workers, seed=0, recipe='fast', store=home, verbose=False, **kw)
+
+def reader(dls): return dls.train.dataset.tls[0].tfms.fs[0].tfm
 
 def test_vanished_and_broken_files_are_named(folder, tmp_path):
     home,bad = tmp_path/'home',folder/'unsup/3.png'
@@ -103,27 +105,26 @@ def test_changed_file_between_runs(folder, tmp_path, capsys):
     Image.new('RGB', (40,48), (9,99,200)).save(f)
     dls = paired(folder, home)
     assert 'lacks 1 files as they are now' in capsys.readouterr().out
-    read = dls.train.dataset.tls[0].tfms.fs[0].tfm
+    read = reader(dls)
     assert isinstance(read, PictureStore) and (read(f)==[9,99,200]).all()
 
 def test_damaged_picture(folder, tmp_path):
-    "Bytes that changed on disk where opening doesn't look are never served: decoded from the file, said, and all others are read once to know it"
+    "Bytes that changed on disk where opening doesn't look are never served: that picture comes from its file, with a warning, and all others from the store"
     home = tmp_path/'home'
     paired(folder, home)
     mine = list_stores(home)[0]['folder']
     bad = folder/json.loads((mine/'store.json').read_text())['names'][1]
     row = np.load(mine/'index.npy')[1]; at = row['offset']+row['h']*row['w']*3//2
     with open(mine/'pixels.bin','r+b') as f: f.seek(at); b = f.read(1)[0]; f.seek(at); f.write(bytes([b^64]))
-    dls = paired(folder, home)
-    read = dls.train.dataset.tls[0].tfms.fs[0].tfm
+    read = reader(paired(folder, home))
     with pytest.warns(UserWarning, match='damaged picture of .*delete that folder'): assert np.array_equal(read(bad), DecodePicture(32)(bad))
     same_pictures(read, folder)
     assert read.seen.sum()==35
 
 def test_what_workers_checked_is_not_checked_again(folder, tmp_path):
-    dls = PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=1, seed=0, recipe='fast', store=tmp_path/'home', verbose=False)
+    dls = paired(folder, tmp_path/'home', num_workers=1)
     for _ in dls.unlabeled: pass
-    assert dls.train.dataset.tls[0].tfms.fs[0].tfm.seen.sum()==36 and len(dls.unlabeled.dataset)==36
+    assert reader(dls).seen.sum()==36 and len(dls.unlabeled.dataset)==36
 
 def test_progress_is_shown_where_someone_sees_it(folder, tmp_path, monkeypatch, capsys):
     for seen in (False,True):

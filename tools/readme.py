@@ -47,9 +47,13 @@ def kills():
         '| settings | '+' | '.join(o.replace('_',' ') for o in places)+' |', '| --- |'+' --- |'*len(places),
         *(f"| {k} | "+' | '.join(str(o['kills'][p]) for p in places)+' |' for k,o in res.items())])
 
+def bench(*parts):
+    "Results by part, of those that were measured"
+    return {o.stem:json.loads(o.read_text(encoding='utf-8')) for o in (results/f'bench/{k}.json' for k in parts) if o.exists()}
+
 def benchmarks():
     "The ratios of the last `make bench`, and what they were measured on"
-    res = {o.stem:json.loads(o.read_text(encoding='utf-8')) for o in (results/f'bench/{k}.json' for k in ('step','pipeline','overhead','memory','growth')) if o.exists()}
+    res = bench('step','pipeline','overhead','memory','growth')
     if not res: return 'Not run yet: `make bench`.'
     num = lambda v,unit: f'{v:.3g} {unit}' if v<1000 else f'{v:,.0f} {unit}'
     rows = ['| figure | ratio | pairs | ours | other | wanted |','| --- | --- | --- | --- | --- | --- |']
@@ -67,27 +71,27 @@ def runs(folder, what='run'):
     return {o['seed']:o['accuracy'] for o in found}
 
 def accuracies():
-    "What both recipes reached with the same seeds, and whether the fast one is as good: its mean not below by more than a standard error of the difference"
+    "What both recipes reached with the same seeds, as a table and in a sentence, which is empty below two seeds"
     acc = {k:runs(f'recipes/{k}') for k in ('reference','fast')}
     seeds = sorted(acc['reference'].keys()&acc['fast'].keys())
     rows = ['| seed | reference | fast |','| --- | --- | --- |',*(f"| {o} | {acc['reference'][o]:.2f} % | {acc['fast'][o]:.2f} % |" for o in seeds)]
-    if len(seeds)<2: return '\n'.join(rows)
+    if len(seeds)<2: return '\n'.join(rows),''
     (m,e),(m2,e2) = ((statistics.mean(v),statistics.stdev(v)/len(v)**.5) for v in ([o[k] for k in seeds] for o in acc.values()))
-    return '\n'.join([*rows, f"| mean ± standard error | {m:.2f} % ± {e:.2f} | {m2:.2f} % ± {e2:.2f} |", '', f"Accuracy over {len(seeds)} seeds: {m2:.2f} % with the fast recipe, {m:.2f} % with the reference; {m2-m:+.2f} points, with a standard error of {(e*e+e2*e2)**.5:.2f}."])
+    rows.append(f"| mean ± standard error | {m:.2f} % ± {e:.2f} | {m2:.2f} % ± {e2:.2f} |")
+    return '\n'.join(rows),f"Accuracy over {len(seeds)} seeds: {m2:.2f} % with the fast recipe, {m:.2f} % with the reference; {m2-m:+.2f} points, with a standard error of {(e*e+e2*e2)**.5:.2f}."
 
 def faster():
-    "For the first page: the ratios of which something is wanted, and the accuracy of both recipes"
-    files = [o for o in (results/f'bench/{k}.json' for k in ('step','pipeline','overhead','memory')) if o.exists()]
-    rows = [r for o in files for r in json.loads(o.read_text(encoding='utf-8'))['rows'] if (r['target'] or 'without workers' in r['name']) and 'reference' not in r['name']]
-    return '\n'.join(['| on two CPU cores | ratio |', '| --- | --- |', *(f"| {r['name']} | {r['ratio']:.2f}× |" for r in rows), '', *[o for o in accuracies().split('\n') if o.startswith('Accuracy')]]).strip()
+    "For the first page, the ratios of which something is wanted"
+    rows = [r for o in bench('step','pipeline','overhead','memory').values() for r in o['rows'] if (r['target'] or 'without workers' in r['name']) and 'reference' not in r['name']]
+    return '\n'.join(['| on two CPU cores | ratio |', '| --- | --- |', *(f"| {r['name']} | {r['ratio']:.2f}× |" for r in rows)])
 
 def twins():
     "SESEMI and its supervised twins of as many steps"
     one,two = (runs('imagewang-80', o) for o in ('run','twin'))
-    rows = [(str(k),one[k],v,one[k]-v) for k,v in two.items()]
-    mean = [statistics.mean(o) for o in [*zip(*rows)][1:]]; sd = [statistics.stdev(o) for o in [*zip(*rows)][1:3]]
-    return '\n'.join(['| seed | SESEMI | supervised twin, equal steps | difference |', '| --- | --- | --- | --- |', *(f'| {k} | {a:.2f} % | {b:.2f} % | {d:+.2f} |' for k,a,b,d in rows),
-        f'| mean ± sample standard deviation | {mean[0]:.2f} % ± {sd[0]:.2f} | {mean[1]:.2f} % ± {sd[1]:.2f} | {mean[2]:+.2f} |'])
+    a,b = [one[k] for k in two],[*two.values()]
+    mean,sd = statistics.mean,statistics.stdev
+    return '\n'.join(['| seed | SESEMI | supervised twin, equal steps | difference |', '| --- | --- | --- | --- |', *(f'| {k} | {one[k]:.2f} % | {v:.2f} % | {one[k]-v:+.2f} |' for k,v in two.items()),
+        f'| mean ± sample standard deviation | {mean(a):.2f} % ± {sd(a):.2f} | {mean(b):.2f} % ± {sd(b):.2f} | {mean(a)-mean(b):+.2f} |'])
 
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
@@ -97,8 +101,8 @@ def with_tables(text, tables):
     return nbformat.writes(nb, 4)+'\n'
 
 if __name__=='__main__':
-    texts = {}
-    for name,*tables in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks(),accuracies()), ('index',twins(),faster())):
+    texts,(acc,said) = {},accuracies()
+    for name,*tables in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks(),f'{acc}\n\n{said}'), ('index',twins(),f'{faster()}\n\n{said}')):
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
     for path,text in texts.items():
