@@ -1,5 +1,5 @@
 "The store of decoded pictures, in bad company: two builders at once, a kill, a full disk, files that vanish"
-import errno,json,multiprocessing,os,shutil,time
+import errno,json,multiprocessing,os,pickle,shutil,time
 from contextlib import redirect_stdout
 import numpy as np,pytest
 from PIL import Image
@@ -125,6 +125,14 @@ def test_what_workers_checked_is_not_checked_again(folder, tmp_path):
     dls = paired(folder, tmp_path/'home', num_workers=1)
     for _ in dls.unlabeled: pass
     assert reader(dls).seen.sum()==36 and len(dls.unlabeled.dataset)==36
+
+def test_a_worker_opens_a_store_that_was_made_again(folder, tmp_path):
+    sent = pickle.dumps(open_store(find_images(folder), folder, 32, tmp_path/'home'))
+    shutil.copy(folder/'unsup/0.png', folder/'unsup/zz.png')
+    open_store(find_images(folder), folder, 32, tmp_path/'home')
+    store = pickle.loads(sent)
+    same_pictures(store, folder)
+    assert len(store)==store.seen.sum()==40
 
 def test_progress_is_shown_where_someone_sees_it(folder, tmp_path, monkeypatch, capsys):
     for seen in (False,True):
