@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/17_all.ipynb #d635e3fa
 from .images import *
 from .augment import *
-from .store import *
+from .cache import *
 from .streams import *
 from .distributed import *
 from .data import *
@@ -25,8 +25,8 @@ from .checkpoint import *
 from .resume import *
 from .run import *
 from .imagewang import *
-from .copies import *
+from .duplicates import *
 from .doctor import *
 from .doctor_report import *
 
-__all__ = [o for o in globals() if not o.startswith('_')]   # this room has no names of its own
+__all__ = [o for o in globals() if not o.startswith('_')]   # this module has no names of its own

@@ -18,7 +18,7 @@ from .distributed import *
 
 # %% ../nbs/07_callback.ipynb #eb192b0a
 class PretextHead(nn.Linear):
-    "A linear classifier of pretext targets that lives below another layer, and vanishes from pickles and copies of it"
+    "A linear classifier of pretext targets that lives below another layer, and vanishes from pickles and duplicates of it"
     def __reduce_ex__(self, protocol): return type(None),()
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix+'weight' in state_dict: super()._load_from_state_dict(state_dict, prefix, *args)
@@ -60,14 +60,14 @@ class RotationPretext(_Ephemeral):
         weight:float=1., # Factor of the pretext loss
         ramp_pct:float=0., # Share of the run in which the factor grows to `weight`, by exp(-5(1-t)²); 0: from the start
         backward:str='joint', # 'joint': one backward pass for both losses; 'sequential': two, and one graph alive at a time
-        features=None, # Module or name of one whose output the head reads; found by `find_tap` by default
+        features=None, # Module or name of one whose output the head reads; found by `find_feature_layer` by default
         objective=None # What is asked about unlabelled images; `Rotation()` by default
     ):
         if backward not in ('joint','sequential'): raise ValueError(f"backward={backward!r} isn't known: use 'joint' or 'sequential'.")
         if weight<0 or not 0<=ramp_pct<=1: raise ValueError(f"weight={weight} must be 0 or more, and ramp_pct={ramp_pct} between 0 and 1.")
         self.weight,self.ramp_pct,self.backward,self._features = weight,ramp_pct,backward,features
         self.objective,self._companions = objective or Rotation(),[PretextColumns(),ShardStreams()]
-        self.tap = self.pretext_head = self._it = self._learn = None
+        self.feature_layer = self.pretext_head = self._it = self._learn = None
 
     def pretext_weight(self,
         pct:float # Share of the run that is done
@@ -102,12 +102,12 @@ def _attach(cb, learn):
     p = first(model.parameters())
     dls = getattr(learn.dls,'loaders',[learn.dls[0]])
     x = _sample(dls[2] if len(dls)>2 else dls[0]).to(p.device)
-    cb.tap = find_tap(model, x.as_subclass(Tensor), cb._features)
-    host = cb.tap.linear or [o for o in model.modules() if next(o.children(),None) is None and len(list(o.parameters()))][-1]
+    cb.feature_layer = find_feature_layer(model, x.as_subclass(Tensor), cb._features)
+    host = cb.feature_layer.linear or [o for o in model.modules() if next(o.children(),None) is None and len(list(o.parameters()))][-1]
     if hasattr(host,'pretext_head') and host.pretext_head is not None: raise ValueError("This Learner has a RotationPretext already: remove that one first with learn.remove_cb(RotationPretext).")
-    if cb.pretext_head is None or cb.pretext_head.in_features!=cb.tap.width:
+    if cb.pretext_head is None or cb.pretext_head.in_features!=cb.feature_layer.width:
         seed = getattr(dls[-1],'seed',None)
-        with seeded(random_key(seed, 'pretext head')) if seed is not None else nullcontext(): cb.pretext_head = PretextHead(cb.tap.width, cb.objective.n_out)
+        with seeded(random_key(seed, 'pretext head')) if seed is not None else nullcontext(): cb.pretext_head = PretextHead(cb.feature_layer.width, cb.objective.n_out)
     host.pretext_head = cb.pretext_head.to(device=p.device, dtype=p.dtype)
     cb._host,cb._learn = host,learn
     cb._added = [o for o in cb._companions if not hasattr(learn, o.name)]
@@ -168,7 +168,7 @@ def after_train(self:RotationPretext):
 
 @patch
 def after_fit(self:RotationPretext):
-    "Say which pictures couldn't be read, where they are skipped"
+    "Say which images couldn't be read, where they are skipped"
     bad = getattr(getattr(self.dls, 'unlabeled', None), 'bad', None)
     if bad is not None and (news := bad.news()): print(news)
 
@@ -203,7 +203,7 @@ def pretext_loss(self:RotationPretext)->Tensor: # A scalar, with its graph
     "Loss of the next unlabelled batch, unweighted; counted for the columns"
     with memory_advice():
         inp,targ = self.objective.batch(self.next_unlabeled())
-        logits = self.pretext_head(self.tap(get_model(self.learn.model), inp))
+        logits = self.pretext_head(self.feature_layer(get_model(self.learn.model), inp))
         loss = self.objective.loss(logits, targ)
     n = len(targ)
     for i,o in enumerate((loss.detach()*n, (logits.argmax(1)==targ).float().sum(), n)): self.pretext_sums[i] += o
@@ -223,7 +223,7 @@ def after_loss(self:RotationPretext):
 
 @patch
 def after_backward(self:RotationPretext):
-    "Sequential: the labelled graph is gone; build the unlabelled one and differentiate it, with the factor that the ordinary loss got"
+    "Sequential: the labelled graph is gone; build the unlabelled one and differentiate it, with the factor that the supervised loss got"
     if self.backward=='joint': return
     with self._autocast(): loss = self.pretext_weight(self.pct_train)*self.pretext_loss()
     (loss*self._zero.grad).backward()

@@ -23,17 +23,17 @@ def replace_classifier(
     dropout:float=.5 # Rate before the new classifier; 0 for none
 )->nn.Module: # `model`, changed in place
     "Give `model` a new last `Linear` with `n_out` outputs, after a `Dropout`"
-    tap = find_tap(model, x)
-    new = nn.Linear(tap.width, n_out)
-    if isinstance(tap.module, nn.Dropout): tap.module.p = dropout
+    feature_layer = find_feature_layer(model, x)
+    new = nn.Linear(feature_layer.width, n_out)
+    if isinstance(feature_layer.module, nn.Dropout): feature_layer.module.p = dropout
     elif dropout: new = nn.Sequential(nn.Dropout(dropout), new)
-    name = next(n for n,m in model.named_modules() if m is tap.linear)
+    name = next(n for n,m in model.named_modules() if m is feature_layer.linear)
     *parent,child = name.split('.')
     setattr(model.get_submodule('.'.join(parent)), child, new)
     return model
 
 def resnet10(**kwargs):
-    "A ResNet with one basic block in each of its four stages; for small pictures and quick trials"
+    "A ResNet with one basic block in each of its four stages; for small images and quick trials"
     return resnet.ResNet(resnet.BasicBlock, [1,1,1,1], **kwargs)
 
 def get_arch(

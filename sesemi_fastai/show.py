@@ -25,7 +25,7 @@ def get_pretext_preds(self:RotationPretext,
         with torch.no_grad():
             for b in itertools.islice(dl, -(-n//dl.bs)):
                 views,targs = self.objective.batch(b[0].as_subclass(Tensor).to(device))
-                res.append((views.cpu(), self.pretext_head(self.tap(model, views)).float().softmax(1).cpu(), targs.cpu()))
+                res.append((views.cpu(), self.pretext_head(self.feature_layer(model, views)).float().softmax(1).cpu(), targs.cpu()))
     finally:
         dl.epoch = epoch
         for m,o in was.items(): m.training = o

@@ -25,7 +25,7 @@ def real_data():
 
 @pytest.fixture
 def folder(tmp_path):
-    "A small folder in Imagewang's shape: two classes, one more in train, and unlabelled pictures"
+    "A small folder in Imagewang's shape: two classes, one more in train, and unlabelled images"
     rng = np.random.default_rng(0)
     for nm,n in {'train/a':8,'train/b':8,'train/left':3,'val/a':4,'val/b':4,'unsup':12}.items():
         d = tmp_path/'data'/nm; d.mkdir(parents=True)

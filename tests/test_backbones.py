@@ -33,16 +33,16 @@ def test_backbone(name):
     x,u = torch.randn(2,3,64,64),torch.randn(2,3,64,64)
     learn = Learner(DataLoaders(Loader(x, torch.tensor([0,1])), Loader(x, torch.tensor([0,1])), Loader(u)), model, loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
     cb = RotationPretext(); learn.add_cb(cb)
-    assert cb.tap.width==width
+    assert cb.feature_layer.width==width
     last = [m for m in model.modules() if isinstance(m, (nn.Dropout,nn.BatchNorm1d))]
-    seen = []; hooks = [m.register_forward_hook(lambda m,i,o: seen.append(len(i[0]))) for m in ([cb.tap.linear] if cb.tap.linear else [])]
-    if cb.tap.at_input and isinstance(cb.tap.module, nn.Dropout): hooks.append(cb.tap.module.register_forward_hook(lambda m,i,o: seen.append(len(i[0]))))
+    seen = []; hooks = [m.register_forward_hook(lambda m,i,o: seen.append(len(i[0]))) for m in ([cb.feature_layer.linear] if cb.feature_layer.linear else [])]
+    if cb.feature_layer.at_input and isinstance(cb.feature_layer.module, nn.Dropout): hooks.append(cb.feature_layer.module.register_forward_hook(lambda m,i,o: seen.append(len(i[0]))))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert 8 not in seen, 'rotated views went into the classifier'
     model.eval(); torch.manual_seed(1)                 # without batch statistics, a head's dropout would be all that differs between two passes
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.train()
-    frozen = [cb.tap(model, u) for _ in range(2)]
+    frozen = [cb.feature_layer(model, u) for _ in range(2)]
     if name not in ('vgg11_bn','efficientnet_b0','vit'): assert torch.equal(*frozen)
     assert cb.pretext_head.weight.grad is not None and learn.recorder.values[0][-2]>0
     for h in hooks: h.remove()
@@ -77,4 +77,4 @@ def test_no_place_is_an_error_that_says_so():
     model,x = tv.squeezenet1_1(num_classes=3),torch.randn(2,3,64,64)
     learn = Learner(DataLoaders(Loader(x, torch.tensor([0,1])), Loader(x, torch.tensor([0,1])), Loader(x)), model, loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
     with pytest.raises(ValueError, match='SqueezeNet.*features='): learn.add_cb(RotationPretext())
-    learn.add_cb(RotationPretext(features='features')); assert learn.pretext.tap.width==512
+    learn.add_cb(RotationPretext(features='features')); assert learn.pretext.feature_layer.width==512

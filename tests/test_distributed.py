@@ -82,7 +82,7 @@ def test_gradients(ranks, backward):
         assert all(torch.allclose(v, a['after'][k], atol=1e-6) for k,v in buffers.items())
 
 def test_sequential_is_joint(ranks):
-    "two processes, `backward='sequential'`: every step's weights are those of 'joint', to the bit; within rounding where gradients are accumulated, whose sum is then of another order"
+    "two processes, `backward='sequential'`: every step's weights are those of 'joint', bitwise; within rounding where gradients are accumulated, whose sum is then of another order"
     for s,j in zip(ranks[0]['sequential']['steps'], ranks[0]['joint']['steps'], strict=True): assert same(s['after'], j['after'])
     for s,j in zip(ranks[0]['sequential accumulated']['steps'], ranks[0]['joint accumulated']['steps'], strict=True):
         assert all(torch.allclose(s['after'][k], j['after'][k], atol=1e-7) for k in j['after'])
@@ -160,11 +160,11 @@ def test_imagewang(folder, tmp_path, launcher):
     "two processes, `sesemi_imagewang`: one plan, one folder a run, the protocol's counts; the accuracy is that of the weights it wrote, each image once"
     (folder/'val/b/0.png').unlink()                                    # 7 images, which can't be halved
     pytest.importorskip('accelerate'); out = tmp_path/'out'
-    text = launch(*launcher,'-m','sesemi_fastai.imagewang',folder,'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--twin',
+    text = launch(*launcher,'-m','sesemi_fastai.imagewang',folder,'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--baseline',
                   '--num_workers','0','--steps','3','--out',out)
     for o in ('A step     16 labelled images and 4 unlabelled in 4 rotations, over 2 processes','2 epochs of 3 steps = 6 steps, 192 image passes','run-0: accuracy','|32|2|SESEMI|'):
         assert text.count(o)==1, (o, text)
-    for kind,passes in (('run',192),('twin',96)):
+    for kind,passes in (('run',192),('baseline',96)):
         assert {o.name for o in (out/f'{kind}-0').iterdir()}=={'results.json','model.pth','history.csv','steps.csv','curves.png'}
         res = json.loads((out/f'{kind}-0/results.json').read_text())
         assert (res['steps'],res['bs'],res['image_passes'],res['processes'])==(6,16,passes,2)
@@ -190,9 +190,9 @@ def test_without_accelerate(folder, tmp_path):
     code = f"""
 import sys; sys.modules['accelerate'] = None
 from sesemi_fastai.all import *
-from sesemi_fastai.imagewang import main
+from sesemi_fastai.imagewang import imagewang_command
 import os; os.environ.update(WORLD_SIZE='2', RANK='0')
-main([{str(folder)!r},'--out',{str(tmp_path/'out')!r}])
+imagewang_command([{str(folder)!r},'--out',{str(tmp_path/'out')!r}])
 """
     r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
     assert r.returncode==2 and r.stderr.strip()=="sesemi_imagewang: Training in several processes needs accelerate: pip install 'sesemi_fastai[distributed]'.", r.stderr

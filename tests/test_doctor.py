@@ -1,9 +1,9 @@
-"The doctor as a command, with processes that start afresh, and on real pictures with known copies among them"
+"The doctor as a command, with processes that start afresh, and on real images with known duplicates among them"
 import io,json,shutil,subprocess,sys
 import numpy as np,pytest
 from PIL import Image,ImageEnhance
 from sesemi_fastai.all import *
-from sesemi_fastai.doctor_report import doctor_command as main
+from sesemi_fastai.doctor_report import doctor_command
 
 def command(*args): return subprocess.run([sys.executable,'-W','ignore','-m','sesemi_fastai.doctor_report',*map(str, args)], capture_output=True, text=True)
 
@@ -12,7 +12,7 @@ def test_command(folder, tmp_path):
     before = {o:o.stat().st_mtime_ns for o in folder.rglob('*')}
     r = command(folder, '--out', tmp_path/'out', '--write_exclude', tmp_path/'list.json', '--num_workers', 2)
     assert r.returncode==0, r.stderr
-    for o in ("Can't be read                  1 of 38 files",'Copies of validation pictures  1 group, 1 file to leave out','2 files are better left out','3 more in folders of train'): assert o in r.stdout, r.stdout
+    for o in ("Can't be read                  1 of 38 files",'Copies of validation images  1 group, 1 file to leave out','2 files are better left out','3 more in folders of train'): assert o in r.stdout, r.stdout
     res = json.loads((tmp_path/'out/doctor.json').read_text()); leaks = next(o for o in res['findings'] if o['name']=='leaks')
     assert leaks['rows'][0]['files']==['val/a/0.png','unsup/copy.png'] and leaks['exclude']==['unsup/copy.png']
     assert {o:o.stat().st_mtime_ns for o in folder.rglob('*')}==before
@@ -22,7 +22,7 @@ def test_command(folder, tmp_path):
 
 @pytest.mark.parametrize('args,says', [(['nowhere'],'nowhere'), (['{f}','--train','none'],"'none'"), (['{f}','--exclude','{f}/val/a/0.png'],'no JSON list'), (['{f}','--run','{f}'],'no results.json'), (['{f}','--write_exclude','{f}/val/a/0.png'],'not written over')])
 def test_mistakes(folder, capsys, args, says):
-    with pytest.raises(SystemExit) as e: main([o.format(f=folder) for o in args])
+    with pytest.raises(SystemExit) as e: imagewang_command([o.format(f=folder) for o in args])
     err = capsys.readouterr().err.strip(); assert e.value.code==2 and says in err and len(err.splitlines())==1 and err.startswith('sesemi_doctor: ')
 
 @pytest.mark.slow
@@ -43,17 +43,17 @@ near = dict(quality=lambda im: jpeg(im, 40), half=lambda im: im.resize((im.width
             bright=lambda im: ImageEnhance.Brightness(im).enhance(1.2), grey=lambda im: im.convert('L'))
 
 @pytest.mark.slow
-def test_copies_among_real_pictures(real_data, tmp_path):
-    "Of 30 copies of each kind of real validation pictures, put into unsup and train, 95 in 100 are found, and hardly anything else"
+def test_duplicates_among_real_images(real_data, tmp_path):
+    "Of 30 duplicates of each kind of real validation images, put into unsup and train, 95 in 100 are found, and hardly anything else"
     src,rng = unpack(real_data/'imagewang-80.tgz'),np.random.default_rng(0)
     files,data = split_folder(src),tmp_path/'data'
     for o in files.all(): (data/o.relative_to(src)).parent.mkdir(parents=True, exist_ok=True); (data/o.relative_to(src)).symlink_to(o)
-    known = {p for p,_ in [(p,n) for k in ('leaks','copies','near_copies') for ps,n in doctor(data)[k].rows for p in ps]}
+    known = {p for p,_ in [(p,n) for k in ('leaks','duplicates','near_duplicates') for ps,n in doctor(data)[k].rows for p in ps]}
     pick = iter(rng.permutation([data/o.relative_to(src) for o in files.valid if data/o.relative_to(src) not in known])); put = {}
     for k,f in dict(near, png=lambda im: im).items():
         for i in range(30):
             o = next(pick); to = (data/'unsup' if i%2 else data/'train'/o.parent.name)/f'{k}-{i}.png'
-            f(load_image(o)).save(to); put[to] = o
+            f(read_rgb(o)).save(to); put[to] = o
     for i in range(20):
         o = next(pick); b = o.read_bytes(); (data/f'unsup/cut-{i}.jpg').write_bytes(b[:len(b)*(i+1)//22])
     r = doctor(data)

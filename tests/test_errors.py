@@ -5,7 +5,7 @@ from torch import nn
 from torchvision.models import resnet18,squeezenet1_0
 from fastai.vision.all import Callback,DataLoaders,ImageDataLoaders,Learner,get_image_files
 from sesemi_fastai.all import *
-from sesemi_fastai.imagewang import main
+from sesemi_fastai.imagewang import imagewang_command
 
 class NoStep(Callback):
     "Fails when training begins"
@@ -19,7 +19,7 @@ def quiet(learn, *args, **kw):
 
 def command(capsys, *args):
     "What the command says on a mistake"
-    with pytest.raises(SystemExit) as e: main([str(o) for o in args])
+    with pytest.raises(SystemExit) as e: imagewang_command([str(o) for o in args])
     err = capsys.readouterr().err.strip()
     assert e.value.code==2 and len(err.splitlines())==1 and err.startswith('sesemi_imagewang: '), err
     return err
@@ -50,7 +50,7 @@ def test_image_cut_short_is_named(folder):
     with pytest.raises(BadImageError, match=r"unsup/3.png can't be read.*exclude="): quiet(learn, 1, cbs=RotationPretext())
 
 def test_file_that_is_no_image_is_named_before_training(folder, capsys, tmp_path):
-    (folder/'val/a/0.png').write_text('no picture')
+    (folder/'val/a/0.png').write_text('no image')
     assert 'val/a/0.png' in command(capsys, folder, '--out', tmp_path/'out')
     assert not list((tmp_path/'out').glob('run-*'))
 

@@ -1,4 +1,4 @@
-"The fast recipe: the same pictures from a store, in every feature of a Learner"
+"The fast recipe: the same images from a cache, in every feature of a Learner"
 import json,os,shutil,subprocess,sys
 from pathlib import Path
 import numpy as np,pytest,torch
@@ -6,10 +6,10 @@ from PIL import Image
 from fastai.vision.all import PILImage,accuracy
 from sesemi_fastai import imagewang
 from sesemi_fastai.all import *
-from sesemi_fastai.imagewang import main
+from sesemi_fastai.imagewang import imagewang_command
 
 def paired(folder, recipe='fast', **kw):
-    kw.setdefault('store', folder.parent/'store')
+    kw.setdefault('cache', folder.parent/'cache')
     return PairedDataLoaders.from_folder(folder, recipe=recipe, **(dict(size=32, unlabeled_bs=4, bs=8, num_workers=0, seed=0)|kw))
 
 def quiet(learn, f, *args, **kw):
@@ -24,12 +24,12 @@ def learn(folder):
 
 def command(capsys, *args):
     "What the command prints, and its exit status"
-    try: main([str(o) for o in args]); status = 0
+    try: imagewang_command([str(o) for o in args]); status = 0
     except SystemExit as e: status = e.code
     return status,capsys.readouterr()
 
 def test_validation_pictures_are_the_references(folder):
-    "To the bit, whatever the shape of the picture and the way it lies"
+    "bitwise, whatever the shape of the image and the way it lies"
     rng = np.random.default_rng(1)
     for i,(h,w) in enumerate(((33,200),(120,41),(20,20),(37,37))): Image.fromarray(rng.integers(0,256,(h,w,3),dtype=np.uint8)).save(folder/f'val/a/{i}.png')
     im = Image.open(folder/'val/b/0.png'); exif = im.getexif(); exif[0x0112] = 6; im.convert('RGB').save(folder/'val/b/turned.jpg', exif=exif)
@@ -38,7 +38,7 @@ def test_validation_pictures_are_the_references(folder):
     assert torch.equal(fast[0], ref[0]) and torch.equal(fast[1], ref[1])
 
 def test_training_pictures_are_the_references(folder):
-    "On average over many draws of one picture, as the two recipes draw different numbers"
+    "On average over many draws of one image, as the two recipes draw different numbers"
     for o in (folder/'train/a').iterdir(): o.unlink()
     y,x = np.mgrid[:73,:73]; Image.fromarray(np.stack([x*3,y*3,(x+y)*1.5],-1).astype(np.uint8)).save(folder/'train/a/0.png')
     def stats(recipe):
@@ -47,12 +47,12 @@ def test_training_pictures_are_the_references(folder):
         return pics.mean((2,3)).mean(0),pics.mean((2,3)).std(0),pics.std((2,3)).mean(0)
     for a,b in zip(stats('fast'), stats('reference')): assert (a-b).abs().max()<.1, (a,b)
 
-def test_bits_do_not_depend_on_workers_or_store(folder):
+def test_bits_do_not_depend_on_workers_or_cache(folder):
     def epoch(**kw):
         dls = paired(folder, **kw)
         return [b for dl in (dls.train,dls.unlabeled) for _ in range(2) for b in dl]
     first = epoch()
-    for kw in (dict(num_workers=1),dict(num_workers=2),dict(store=False)):
+    for kw in (dict(num_workers=1),dict(num_workers=2),dict(cache=False)):
         for a,b in zip(first, epoch(**kw), strict=True): assert all(map(torch.equal, a, b))
     assert not torch.equal(first[0][0], epoch(seed=1)[0][0])
 
@@ -64,7 +64,7 @@ def test_second_epoch_can_be_reached_without_the_first(folder):
 def test_looking_at_it(learn, folder):
     learn.dls.show_batch(); learn.dls.unlabeled.show_batch(); learn.show_results()
     shown = learn.dls.valid.decode(learn.dls.valid.one_batch())[0][0]
-    want = get_recipe('reference', 32).plain(load_image(learn.dls.valid.items[0]))
+    want = get_recipe('reference', 32).plain(read_rgb(learn.dls.valid.items[0]))
     assert (shown-want).abs().max()<1e-5
 
 def test_predictions(learn, folder):
@@ -87,16 +87,16 @@ def test_export_loads_without_this_package(learn, folder, tmp_path, predict_alon
     assert torch.allclose(torch.tensor(predict_alone(tmp_path/'export.pkl', image, 'assert [type(o) for o in learn.dls.valid.after_batch.fs]==[Normalize]')), want, atol=.02)
 
 def test_command(folder, tmp_path, capsys):
-    "`--recipe fast`: the plan says in which formats and why; the store is made once, and is no part of a result"
+    "`--recipe fast`: the plan says in which formats and why; the cache is made once, and is no part of a result"
     args = [folder,'--recipe','fast','--size',32,'--arch','resnet10','--epochs',1,'--unlabeled_bs',4,'--steps',2]
-    status,said = command(capsys, *args, '--out', tmp_path/'a', '--store', tmp_path/'store')
+    status,said = command(capsys, *args, '--out', tmp_path/'a', '--cache', tmp_path/'cache')
     assert status==0, said.err
     assert 'recipe fast, '+('bfloat16, channels last' if native_formats('cpu')[0] else 'float32, contiguous')+' on cpu (this CPU has ' in said.out
-    assert 'Storing 36 decoded pictures' in said.out and len(list_stores(tmp_path/'store'))==1
-    status,said = command(capsys, *args, '--out', tmp_path/'b', '--store', 'none')
-    assert status==0 and 'Storing' not in said.out
+    assert 'Caching 36 decoded images' in said.out and len(list_caches(tmp_path/'cache'))==1
+    status,said = command(capsys, *args, '--out', tmp_path/'b', '--cache', 'none')
+    assert status==0 and 'Caching' not in said.out
     assert (tmp_path/'a/run-0/model.pth').read_bytes()==(tmp_path/'b/run-0/model.pth').read_bytes()
-    status,said = command(capsys, *args, '--out', tmp_path/'c', '--store', tmp_path/'store', '--backward', 'sequential')
+    status,said = command(capsys, *args, '--out', tmp_path/'c', '--cache', tmp_path/'cache', '--backward', 'sequential')
     assert status==0 and json.loads((tmp_path/'c/run-0/results.json').read_text())['backward']=='sequential'
 
 def test_not_enough_memory(folder, tmp_path, capsys, monkeypatch):
@@ -105,11 +105,11 @@ def test_not_enough_memory(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(learn.pretext.objective, 'loss', lambda *a: torch.empty(2**60))
     with pytest.raises(MemoryError, match='smaller unlabeled_bs.*sequential'): quiet(learn, 'fit', 1)
     monkeypatch.setattr(imagewang, 'seconds_per_step', lambda *a: torch.empty(2**60))
-    status,said = command(capsys, folder, '--recipe','fast','--size',32,'--arch','resnet10','--unlabeled_bs',4, '--out', tmp_path/'out', '--store', tmp_path/'store')
+    status,said = command(capsys, folder, '--recipe','fast','--size',32,'--arch','resnet10','--unlabeled_bs',4, '--out', tmp_path/'out', '--cache', tmp_path/'cache')
     assert status==2 and len(said.err.strip().splitlines())==1 and 'not enough memory' in said.err
 
 def test_benchmarks_run(tmp_path):
-    "In their quick mode, on pictures they make: each writes its file, with the machine, and the pictures are drawn"
+    "In their quick mode, on images they make: each writes its file, with the machine, and the images are drawn"
     script = Path(__file__).parent/'benchmarks/run.py'
     r = subprocess.run([sys.executable,'-W','ignore',str(script),'--quick','--out',str(tmp_path)], capture_output=True, text=True, env={k:v for k,v in os.environ.items() if k!='SESEMI_TEST_DATA'})
     assert r.returncode==0, r.stderr[-3000:]

@@ -7,10 +7,10 @@ from hypothesis import given,settings,strategies as st
 from PIL import Image
 from fastai.vision.all import Datasets,Learner,Transform,accuracy
 from sesemi_fastai.all import *
-from sesemi_fastai.imagewang import main
+from sesemi_fastai.imagewang import imagewang_command
 from sesemi_fastai.doctor_report import sesemi_doctor
 
-def picture(seed=0, size=(48,40), mode='RGB'):
+def image(seed=0, size=(48,40), mode='RGB'):
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0,256,(6,8,3),dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
@@ -32,12 +32,12 @@ def named(folder, file, why):
 
 def reads(folder, file, **kw):
     "`file` is read, and trained on with the others"
-    im = load_image(file); assert im.mode=='RGB'
+    im = read_rgb(file); assert im.mode=='RGB'
     dls = paired(folder, unlabeled='unsup', unlabeled_bs=13, bs=4, n_steps=1, **kw)    # one batch with all of the unlabelled
     assert file in dls.unlabeled.dataset.items and unlabelled(dls).isfinite().all()
     return im
 
-# Files that are no pictures
+# Files that are no images
 
 def test_zero_bytes(folder):
     "zero bytes: named before training"
@@ -50,7 +50,7 @@ def test_no_image_under_an_images_name(folder, content):
 
 def test_image_under_another_formats_name(folder):
     "a PNG called .jpg: read as what it is"
-    picture().save(folder/'unsup/x.jpg', 'PNG'); assert np.array_equal(reads(folder, folder/'unsup/x.jpg'), picture())
+    image().save(folder/'unsup/x.jpg', 'PNG'); assert np.array_equal(reads(folder, folder/'unsup/x.jpg'), image())
 
 def test_pipe_under_an_images_name(folder):
     "a named pipe called .png: named before training, and not waited for"
@@ -60,34 +60,34 @@ def test_pipe_under_an_images_name(folder):
 
 def test_folder_under_an_images_name(folder):
     "a folder called .png: a folder"
-    (folder/'unsup/x.png').mkdir(); picture().save(folder/'unsup/x.png/y.png'); reads(folder, folder/'unsup/x.png/y.png')
+    (folder/'unsup/x.png').mkdir(); image().save(folder/'unsup/x.png/y.png'); reads(folder, folder/'unsup/x.png/y.png')
 
-# Damaged pictures
+# Damaged images
 
 formats = dict(jpg={}, png={}, gif={}, bmp={}, webp={}, tif={}, ppm={}, **{'jpeg':dict(progressive=True)})
 
 @pytest.mark.parametrize('ext', formats)
 def test_cut_short(tmp_path, ext):
-    "cut short at 20 places, in 8 formats: either the whole picture or an error that names it, never a grey rest"
-    full = tmp_path/f'full.{ext}'; picture(mode='L').convert('RGB').save(full, **formats[ext]); want,data = np.asarray(load_image(full)),full.read_bytes()
+    "cut short at 20 places, in 8 formats: either the whole image or an error that names it, never a grey rest"
+    full = tmp_path/f'full.{ext}'; image(mode='L').convert('RGB').save(full, **formats[ext]); want,data = np.asarray(read_rgb(full)),full.read_bytes()
     bad = 0
     for i in [*np.linspace(0, len(data), 17, endpoint=False).astype(int), *(len(data)-o for o in (1,2,9))]:
         f = tmp_path/f'cut.{ext}'; f.write_bytes(data[:i])
-        try: assert np.array_equal(load_image(f), want), i
+        try: assert np.array_equal(read_rgb(f), want), i
         except BadImageError as e: bad += 1; assert str(f) in str(e)
     assert bad>=15
 
 @pytest.mark.parametrize('ext', formats)
 def test_damaged_bytes(tmp_path, ext):
-    "60 times some bytes overwritten, in 8 formats: a picture or an error that names it, and no other"
-    full = tmp_path/f'full.{ext}'; picture().save(full, **formats[ext]); data,rng = np.frombuffer(full.read_bytes(), np.uint8),np.random.default_rng(0)
+    "60 times some bytes overwritten, in 8 formats: an image or an error that names it, and no other"
+    full = tmp_path/f'full.{ext}'; image().save(full, **formats[ext]); data,rng = np.frombuffer(full.read_bytes(), np.uint8),np.random.default_rng(0)
     for i in range(60):
         a = data.copy(); a[rng.integers(0, len(a) if i%2 else min(60,len(a)), rng.integers(1,9))] = rng.integers(0,256)
         f = tmp_path/f'x.{ext}'; f.write_bytes(a.tobytes())
-        with contextlib.suppress(BadImageError): assert load_image(f).mode=='RGB'
+        with contextlib.suppress(BadImageError): assert read_rgb(f).mode=='RGB'
 
 def test_cut_short_while_training(folder):
-    "a picture cut short, whose head is whole: named when it is decoded; with 'skip' found and left out before training"
+    "an image cut short, whose head is whole: named when it is decoded; with 'skip' found and left out before training"
     f = folder/'unsup/3.png'; f.write_bytes(f.read_bytes()[:-900])
     for n in (0,2):
         with pytest.raises(BadImageError) as e: train(paired(folder, n_steps=None, num_workers=n))
@@ -95,12 +95,12 @@ def test_cut_short_while_training(folder):
     dls = paired(folder, on_bad_image='skip'); assert [p for p,_ in dls.bad_images]==[f]
     train(dls)
 
-# Odd pictures
+# Odd images
 
 @pytest.mark.parametrize('mode,ext', [('CMYK','jpg'), ('CMYK','tif'), ('L','png'), ('1','png'), ('LA','png'), ('RGBA','webp'), ('YCbCr','jpg'), ('LAB','tif')])
 def test_modes(folder, mode, ext):
     "CMYK, grey, black and white, transparency, YCbCr, LAB: read as RGB"
-    (Image.new(mode, (48,40)) if mode=='LAB' else picture(mode=mode)).save(folder/f'unsup/x.{ext}'); reads(folder, folder/f'unsup/x.{ext}')
+    (Image.new(mode, (48,40)) if mode=='LAB' else image(mode=mode)).save(folder/f'unsup/x.{ext}'); reads(folder, folder/f'unsup/x.{ext}')
 def test_16_bit(folder):
     "16 bits a channel: scaled to 8, not clipped"
     a = np.linspace(0,65535,40*48).astype(np.uint16).reshape(40,48); Image.fromarray(a).save(folder/'unsup/x.png')
@@ -108,12 +108,12 @@ def test_16_bit(folder):
 
 def test_palette_with_transparency(folder):
     "a palette with a transparent colour: the colours, transparency dropped"
-    im = picture().quantize(16); im.save(folder/'unsup/x.png', transparency=3)
+    im = image().quantize(16); im.save(folder/'unsup/x.png', transparency=3)
     assert np.array_equal(reads(folder, folder/'unsup/x.png'), im.convert('RGB'))
 
 def test_animated(folder):
     "an animated GIF: its first frame"
-    a = picture(1).quantize(64); a.save(folder/'unsup/x.gif', save_all=True, append_images=[picture(2).quantize(64)])
+    a = image(1).quantize(64); a.save(folder/'unsup/x.gif', save_all=True, append_images=[image(2).quantize(64)])
     assert np.array_equal(reads(folder, folder/'unsup/x.gif'), a.convert('RGB'))
 
 def test_one_pixel(folder):
@@ -124,7 +124,7 @@ def test_one_pixel(folder):
 @pytest.mark.parametrize('size', [(20000,2),(2,20000)])
 def test_strip(folder, size):
     "20,000 × 2: its middle, 64 × 2; for validation too, where resizing the short side would take 2 GB"
-    picture(size=size).save(folder/'unsup/x.png'); assert sorted(reads(folder, folder/'unsup/x.png').size)==[2,64]
+    image(size=size).save(folder/'unsup/x.png'); assert sorted(reads(folder, folder/'unsup/x.png').size)==[2,64]
     shutil.copy(folder/'unsup/x.png', folder/'val/a'); assert all(o.isfinite().all() for o,_ in paired(folder, size=224).valid)
 
 def test_decompression_bomb(folder):
@@ -134,16 +134,16 @@ def test_decompression_bomb(folder):
 
 @pytest.mark.parametrize('tag', range(10))
 def test_exif(folder, tag):
-    "EXIF of all eight orientations: upright; tags that don't exist (0, 9): as stored"
-    stored,exif = picture(),Image.Exif(); exif[0x0112] = tag; stored.save(folder/'unsup/x.png', exif=exif)
+    "EXIF of all eight orientations: upright; tags that don't exist (0, 9): as cached"
+    cached,exif = image(),Image.Exif(); exif[0x0112] = tag; cached.save(folder/'unsup/x.png', exif=exif)
     T = Image.Transpose     # what undoes each tag, by the EXIF standard's own table
     turn = {2:T.FLIP_LEFT_RIGHT, 3:T.ROTATE_180, 4:T.FLIP_TOP_BOTTOM, 5:T.TRANSPOSE, 6:T.ROTATE_270, 7:T.TRANSVERSE, 8:T.ROTATE_90}.get(tag)
-    assert np.array_equal(reads(folder, folder/'unsup/x.png'), stored if turn is None else stored.transpose(turn))
+    assert np.array_equal(reads(folder, folder/'unsup/x.png'), cached if turn is None else cached.transpose(turn))
 
 def test_damaged_exif(folder):
-    "EXIF that is noise: the picture as stored"
-    picture().save(folder/'unsup/x.jpg', exif=b'Exif\0\0II*\0\xff\xff\xff\xff'+bytes(range(99)), quality=95)
-    picture().save(folder/'plain.jpg', quality=95); assert np.array_equal(reads(folder, folder/'unsup/x.jpg'), load_image(folder/'plain.jpg'))
+    "EXIF that is noise: the image as cached"
+    image().save(folder/'unsup/x.jpg', exif=b'Exif\0\0II*\0\xff\xff\xff\xff'+bytes(range(99)), quality=95)
+    image().save(folder/'plain.jpg', quality=95); assert np.array_equal(reads(folder, folder/'unsup/x.jpg'), read_rgb(folder/'plain.jpg'))
 
 # Names
 
@@ -152,7 +152,7 @@ names = [b'two words.png', b' .png', b'line\nbreak.png', b'tab\tquote"\'.png', b
 @pytest.mark.parametrize('name', names, ids=lambda o: ascii(o[:12]))
 def test_names(folder, name):
     "names with spaces, line breaks, quotes, bytes that are no UTF-8, 255 bytes: read; in messages and lists they are escaped and come back"
-    f = folder/'unsup'/os.fsdecode(name); picture().save(f); reads(folder, f)
+    f = folder/'unsup'/os.fsdecode(name); image().save(f); reads(folder, f)
     assert f not in paired(folder, exclude=[f]).unlabeled.dataset.items
     f.write_text('x'); named(folder, f, 'not an image')
 
@@ -162,7 +162,7 @@ def test_names_of_classes(folder, name, capsys):
     for o in ('train','val'): (folder/o/'a').rename(folder/o/os.fsdecode(name))
     dls = paired(folder, bs=8); train(dls); assert os.fsdecode(name) in dls.vocab
     cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10', unlabeled_bs=2, num_workers=0)
-    plan(cfg, cfg.dls()).encode('utf-8'); sesemi_doctor(str(folder), num_workers=0); assert 'Images of each class' in capsys.readouterr().out
+    run_plan(cfg, cfg.dls()).encode('utf-8'); sesemi_doctor(str(folder), num_workers=0); assert 'Images of each class' in capsys.readouterr().out
 
 # Links, permissions, hidden files
 
@@ -173,9 +173,9 @@ def test_loop_of_links(folder):
 
 def test_links_out_of_the_folder(folder, tmp_path):
     "links out of the folder, to a file and to a folder: followed, since folders of links are how many data sets are kept"
-    (tmp_path/'store').mkdir(); picture().save(tmp_path/'store/a.png'); picture(1).save(tmp_path/'b.png')
-    (folder/'unsup/store').symlink_to(tmp_path/'store'); (folder/'unsup/x.png').symlink_to(tmp_path/'b.png')
-    items = paired(folder).unlabeled.dataset.items; assert folder/'unsup/store/a.png' in items and folder/'unsup/x.png' in items
+    (tmp_path/'cache').mkdir(); image().save(tmp_path/'cache/a.png'); image(1).save(tmp_path/'b.png')
+    (folder/'unsup/cache').symlink_to(tmp_path/'cache'); (folder/'unsup/x.png').symlink_to(tmp_path/'b.png')
+    items = paired(folder).unlabeled.dataset.items; assert folder/'unsup/cache/a.png' in items and folder/'unsup/x.png' in items
 
 def test_link_to_nowhere(folder):
     "a link that leads nowhere: named before training"
@@ -210,7 +210,7 @@ def test_unreadable_folder(open_folder):
 def test_hidden_files(folder):
     "hidden files and folders, __MACOSX and what is no image by its extension: not looked at"
     for o in ('unsup/.x.png','unsup/._1.png','unsup/__MACOSX/x.png','unsup/.cache/x.png','train/.d/x.png','train/__MACOSX/x.png','unsup/x.txt','unsup/Thumbs.db','val/.DS_Store'):
-        (folder/o).parent.mkdir(exist_ok=True); (folder/o).write_text('no picture')
+        (folder/o).parent.mkdir(exist_ok=True); (folder/o).write_text('no image')
     dls = paired(folder); assert len(dls.unlabeled.dataset)==16+8+12 and list(dls.vocab)==['a','b']
 
 # Files that change while training
@@ -223,7 +223,7 @@ def test_file_removed_while_training(folder):
         assert e.value.path==f; f.write_bytes(data)
 
 def test_file_removed_while_training_with_skip(folder, capfd):
-    "the same with 'skip': another picture, drawn by the seed, takes its place; the same for every number of workers, listed in dls.bad_images and said after fit"
+    "the same with 'skip': another image, drawn by the seed, takes its place; the same for every number of workers, listed in dls.bad_images and said after fit"
     seen = []
     for n in (0,1,2):
         dls = paired(folder, n_steps=None, num_workers=n, on_bad_image='skip'); gone = [folder/'unsup/5.png', folder/'train/a/2.png']; data = [f.read_bytes() for f in gone]
@@ -233,7 +233,7 @@ def test_file_removed_while_training_with_skip(folder, capfd):
         changed = [not torch.equal(a, b) for a,b in zip(whole, u)]
         assert u.shape==whole.shape and sum(changed)==2
         assert {p for p,_ in dls.bad_images}==set(gone) and all(w=='the file is gone' for _,w in dls.bad_images)
-        train(dls); assert "2 pictures couldn't be read while training" in capfd.readouterr().out
+        train(dls); assert "2 images couldn't be read while training" in capfd.readouterr().out
         for f,d in zip(gone, data): f.write_bytes(d)
     for o in seen[1:]: assert all(torch.equal(a, b) for a,b in zip(o, seen[0]))
 
@@ -243,21 +243,21 @@ def test_disk_gone_while_training(folder):
     with pytest.raises(BadImageError, match='the file is gone'): train(dls)
 
 def test_validation_picture_removed_while_training(folder):
-    "a validation picture removed during training: an error with 'skip' too, since an accuracy over fewer pictures is another number"
+    "a validation image removed during training: an error with 'skip' too, since an accuracy over fewer images is another number"
     dls = paired(folder, on_bad_image='skip', unlabeled='unsup'); (folder/'val/a/1.png').unlink()
     with pytest.raises(BadImageError, match='val/a/1.png'): train(dls)
 
 def test_command_with_skip(folder, tmp_path, capsys):
     "`sesemi_imagewang --on_bad_image skip`: says at the start what is left out, and lists it in results.json"
     (folder/'unsup/x.png').write_text('x'); f = folder/'train/a/0.png'; f.write_bytes(f.read_bytes()[:-50])
-    main([str(folder),'--on_bad_image','skip','--size','32','--arch','resnet10','--epochs','1','--unlabeled_bs','2','--steps','2','--num_workers','0','--out',str(tmp_path/'out')])
-    out = capsys.readouterr().out; assert "2 pictures can't be read and are left out: " in out and '15 labelled, 35 unlabelled' in out
+    imagewang_command([str(folder),'--on_bad_image','skip','--size','32','--arch','resnet10','--epochs','1','--unlabeled_bs','2','--steps','2','--num_workers','0','--out',str(tmp_path/'out')])
+    out = capsys.readouterr().out; assert "2 images can't be read and are left out: " in out and '15 labelled, 35 unlabelled' in out
     bad = json.loads((tmp_path/'out/run-0/results.json').read_text())['bad_images']; assert [p for p,_ in bad]==[str(f), str(folder/'unsup/x.png')]
 
-def test_class_without_a_readable_picture(folder):
-    "a class none of whose pictures can be read: an error that names the class, with 'skip' too"
+def test_class_without_a_readable_image(folder):
+    "a class none of whose images can be read: an error that names the class, with 'skip' too"
     for f in (folder/'train/b').iterdir(): f.write_text('x')
-    with pytest.raises(ValueError, match='No labelled picture of b is left'): paired(folder, on_bad_image='skip')
+    with pytest.raises(ValueError, match='No labelled image of b is left'): paired(folder, on_bad_image='skip')
 
 # Few
 

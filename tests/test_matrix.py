@@ -148,7 +148,7 @@ def test_mixup(make, cb):
 
 @pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropyFlat(), CrossEntropyLossFlat(weight=tensor([1.,5.]))], ids=['smoothing','weighted'])
 def test_losses(make, loss):
-    "label smoothing, weighted losses: change the ordinary loss only"
+    "label smoothing, weighted losses: change the supervised loss only"
     plain,other = make(),make(loss_func=loss)
     fit_each(plain, other, lr=0.)
     assert column(plain,'pretext_loss')==pytest.approx(column(other,'pretext_loss'), abs=1e-6)
@@ -215,7 +215,7 @@ def test_csv_logger(make):
     assert list(log.columns[-3:])==['pretext_loss','pretext_acc','time'] and log.shape==(2,7) and log.pretext_acc.between(0,1).all()
 
 def test_recorder_plots(make):
-    "`Recorder.plot_loss`, `plot_sched`: the ordinary losses and the schedule, as without the callback"
+    "`Recorder.plot_loss`, `plot_sched`: the supervised losses and the schedule, as without the callback"
     learn = make(); learn.pretext.weight = 0.; learn.fit_one_cycle(2, .01)
     plain = make(pretext=False); plain.fit_one_cycle(2, .01)
     def lines(o): plt.close('all'); return [[float(y) for y in l.get_ydata()] for l in o.recorder.plot_loss(skip_start=0).lines]
@@ -361,7 +361,7 @@ def test_vision_learner(dls):
         bn = next(o for o in learn.model[1].modules() if isinstance(o, nn.BatchNorm1d)); learn.fit(1, .01)
         assert torch.equal(learn.model[0][0].weight, body) and (head(learn)!=h).any() and (learn.model[1][-1].weight!=fc).any()
         assert bn.num_batches_tracked==4 and learn.model[0][1].num_batches_tracked==8 and sizes==[8]*4
-        assert learn.pretext.tap.width==512 and [sum(p is head(learn) for p in g) for g in learn.opt.param_lists]==[0,0,1]
+        assert learn.pretext.feature_layer.width==512 and [sum(p is head(learn) for p in g) for g in learn.opt.param_lists]==[0,0,1]
         learn.unfreeze(); learn.fit(1, slice(1e-3,1e-2)); assert (learn.model[0][0].weight!=body).any()
 
 @pytest.mark.parametrize('backward', ['joint','sequential'])
@@ -450,19 +450,19 @@ def from_block(path, block, get_y, n_out, loss, metric):
     return learn
 
 class FirstLoss(Callback):
-    "The ordinary loss of the first step, and what it was made of"
+    "The supervised loss of the first step, and what it was made of"
     def after_loss(self):
         if self.training and not hasattr(self.learn,'kept'): self.learn.kept = (self.pred.detach().clone(), self.y.clone(), self.loss.item())
 
 def test_multi_label(dls):
-    "multi-label Learner: the ordinary loss is the binary cross-entropy of several labels, beside it rotations are told"
+    "multi-label Learner: the supervised loss is the binary cross-entropy of several labels, beside it rotations are told"
     learn = from_block(dls.path, MultiCategoryBlock(), lambda o: [o.parent.name,'all'], 3, BCEWithLogitsLossFlat(), accuracy_multi)
     learn.fit(1, .01, cbs=FirstLoss()); p,y,loss = learn.kept
     assert y.shape==(8,3) and loss==pytest.approx(-(y*p.sigmoid().log()+(1-y)*(1-p.sigmoid()).log()).mean().item(), rel=1e-4)
     assert 0<column(learn,'pretext_loss')<10
 
 def test_regression(dls):
-    "regression Learner: the ordinary loss is the squared error, beside it rotations are told"
+    "regression Learner: the supervised loss is the squared error, beside it rotations are told"
     learn = from_block(dls.path, RegressionBlock(n_out=1), lambda o: float(o.parent.name=='b'), 1, MSELossFlat(), mae)
     learn.fit(1, .001, cbs=FirstLoss()); p,y,loss = learn.kept
     assert loss==pytest.approx(((p.flatten()-y.flatten())**2).mean().item(), rel=1e-4) and 0<column(learn,'pretext_loss')<10

@@ -1,4 +1,4 @@
-"A run that is killed, at any moment, ends as the run that was never stopped: to the bit"
+"A run that is killed, at any moment, ends as the run that was never stopped: bitwise"
 import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex,signal,socket,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
@@ -7,7 +7,7 @@ from fastai.vision.all import (Callback,GradientAccumulation,ImageDataLoaders,Le
     get_image_files,noop,set_seed)
 from sesemi_fastai.all import *
 from sesemi_fastai.checkpoint import unpack_state
-from sesemi_fastai.imagewang import main
+from sesemi_fastai.imagewang import imagewang_command
 sys.path.insert(0, str(Path(__file__).parent))
 import killed
 
@@ -37,7 +37,7 @@ def run(processes, *args, ranks=1, **kw):
     return ps[0].exitcode
 
 def same(a, b, at=''):
-    "Whether all of `a` and `b` is equal, to the bit"
+    "Whether all of `a` and `b` is equal, bitwise"
     assert type(a)==type(b), at
     if isinstance(a, dict):
         assert a.keys()==b.keys(), at
@@ -71,7 +71,7 @@ def test_killed_with_workers_and_sequential(processes, folder, tmp_path):
 
 def test_killed_with_two_ranks_and_the_fast_recipe(processes, folder, tmp_path):
     pytest.importorskip('accelerate')
-    survive(processes, folder, tmp_path, [('before_step',7)], dict(num_workers=0, recipe='fast', store='none'), every=2, ranks=2)
+    survive(processes, folder, tmp_path, [('before_step',7)], dict(num_workers=0, recipe='fast', cache='none'), every=2, ranks=2)
 
 def test_killed_twice(processes, folder, tmp_path):
     "A run that is killed again while it goes on"
@@ -156,7 +156,7 @@ def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
     assert p.returncode==143 and 'Stopped by SIGTERM at epoch' in err and '--resume' in err, err
     again = shlex.split(err.split('To go on: ')[1])
     assert again[0]=='sesemi_imagewang'
-    main(again[1:])
+    imagewang_command(again[1:])
     said = capsys.readouterr().out
     assert 'Resuming at epoch' in said and 'run-0: finished already' in said
     for r in ('run-0','run-1'):
@@ -164,8 +164,8 @@ def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
         strip = lambda o: [l.rsplit(',',1)[0] for l in (o/r/'history.csv').read_text().splitlines()]   # all but the time
         assert strip(whole)==strip(cut) and len(strip(cut))==3
         assert not (cut/r/'resume').exists()
-    main(again[1:]); assert 'run-1: finished already' in capsys.readouterr().out
-    with pytest.raises(SystemExit): main([*again[1:], '--lr', '.3'])
+    imagewang_command(again[1:]); assert 'run-1: finished already' in capsys.readouterr().out
+    with pytest.raises(SystemExit): imagewang_command([*again[1:], '--lr', '.3'])
     assert 'lr was 0.1, now 0.3' in capsys.readouterr().err
 
 CONFIGS = list(itertools.product(('reference','fast'), ('joint','sequential'), (0,2), (1,2)))
@@ -175,7 +175,7 @@ def test_many_random_kills(processes, folder, tmp_path, recipe, backward, worker
     "One run after the other, each killed again and again while it goes on, until 20 kills were survived"
     name = f'{recipe} recipe, {backward} backward, {workers} workers, {ranks} process'+'es'*(ranks>1)
     rng,log,kills,n = random.Random(name),tmp_path/'log',[],0
-    kw = dict(num_workers=workers, recipe=recipe, store=str(tmp_path/'store'), epochs=3, steps=8)
+    kw = dict(num_workers=workers, recipe=recipe, cache=str(tmp_path/'cache'), epochs=3, steps=8)
     more = dict(backward=backward, ranks=ranks, log=log)
     assert run(processes, folder, tmp_path/'whole.pt', kw, **more)==0, log.read_text()
     while len(kills)<20:

@@ -3,7 +3,7 @@ import json,shutil,subprocess,sys
 import pytest,torch
 from torchvision.models import resnet18
 from sesemi_fastai.all import *
-from sesemi_fastai.imagewang import main
+from sesemi_fastai.imagewang import imagewang_command
 
 def config(folder, **kw):
     return RunConfig(str(folder), 'noise', **(dict(size=32, epochs=1, arch='resnet10', unlabeled_bs=4, num_workers=0, steps=4)|kw))
@@ -30,7 +30,7 @@ def test_global_generators_change_nothing(weights):
     assert weights('1')==first
 
 def test_labels_of_the_unlabelled_pool_are_not_read(folder, weights, tmp_path):
-    "The same pictures in the same order, with a class's name on their folder, give the same weights"
+    "The same images in the same order, with a class's name on their folder, give the same weights"
     poisoned = tmp_path/'poisoned'; shutil.copytree(folder, poisoned)
     (poisoned/'unsup').rename(poisoned/'b'); (poisoned/'unsup').mkdir(); (poisoned/'b').rename(poisoned/'unsup/b')
     assert weights('0')==weights('1', data=poisoned)
@@ -40,23 +40,23 @@ def test_val_can_be_kept_out(folder):
     items = config(folder, val_in_pool=False).dls().unlabeled.dataset.items
     assert len(items)==16+12 and not any(folder/'val' in o.parents for o in items)
 
-def test_twin_sees_the_same_labelled_images(folder):
+def test_baseline_sees_the_same_labelled_images(folder):
     a,b = (config(folder).dls().train.get_idxs() for _ in range(2))
     assert a==b
 
-def test_command_with_twin(folder, tmp_path):
+def test_command_with_baseline(folder, tmp_path):
     out = tmp_path/'out'
     r = subprocess.run([sys.executable,'-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4',
-                        '--runs','2','--twin','--num_workers','0','--steps','3','--out',str(out)], capture_output=True, text=True)
+                        '--runs','2','--baseline','--num_workers','0','--steps','3','--out',str(out)], capture_output=True, text=True)
     assert r.returncode==0, r.stderr
     for o in ('Classes    2: a, b','Left out   1 folders of train (3 images)','16 labelled, 36 unlabelled (val among them)','2 epochs of 3 steps = 6 steps, 192 image passes','Time       about'): assert o in r.stdout
     for seed in (0,1):
-        for kind in ('run','twin'):
+        for kind in ('run','baseline'):
             assert {o.name for o in (out/f'{kind}-{seed}').iterdir()}=={'results.json','model.pth','history.csv','steps.csv','curves.png'}
     res = json.loads((out/'run-1/results.json').read_text())
     assert {'accuracy','seed','epochs','steps','size','arch','recipe','val_in_pool','image_passes','seconds','versions','commit'}<=set(res)
     assert res['seed']==1 and res['steps']==6 and res['image_passes']==192 and 0<=res['accuracy']<=100
-    assert json.loads((out/'twin-1/results.json').read_text())['image_passes']==96
+    assert json.loads((out/'baseline-1/results.json').read_text())['image_passes']==96
     assert '|32|2|SESEMI|' in (out/'leaderboard.md').read_text() and '2,mean&pm;std' in (out/'leaderboard.md').read_text()
     acc = (out/'run-1/history.csv').read_text().splitlines()[-1].split(',')[3]
     assert abs(float(acc)*100-res['accuracy'])<1e-4
@@ -68,12 +68,12 @@ def test_accuracy_is_that_of_the_last_epoch(folder, tmp_path, monkeypatch):
     res = train_run(config(folder, epochs=3), tmp_path/'run', plain=True)
     assert abs(res['accuracy']-40)<1e-4 and read_csv(tmp_path/'run/history.csv')['accuracy']==[.2,.6,.4]
 
-def test_twin_has_no_second_task(folder, tmp_path):
-    columns = {kind:list(read_csv((train_run(config(folder), tmp_path/kind, twin=kind=='twin', plain=True), tmp_path/kind)[1]/'history.csv')) for kind in ('run','twin')}
-    assert set(columns['run'])-set(columns['twin'])=={'pretext_loss','pretext_acc'}
+def test_baseline_has_no_second_task(folder, tmp_path):
+    columns = {kind:list(read_csv((train_run(config(folder), tmp_path/kind, baseline=kind=='baseline', plain=True), tmp_path/kind)[1]/'history.csv')) for kind in ('run','baseline')}
+    assert set(columns['run'])-set(columns['baseline'])=={'pretext_loss','pretext_acc'}
 
 def test_no_val_of_the_command(folder, tmp_path, capsys):
-    main([str(folder),'--no_val','--size','32','--arch','resnet10','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
+    imagewang_command([str(folder),'--no_val','--size','32','--arch','resnet10','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
     res = json.loads((tmp_path/'out/run-0/results.json').read_text())
     assert 'val kept out' in capsys.readouterr().out and not res['val_in_pool'] and res['counts']['unlabeled']==16+12
 
@@ -88,8 +88,8 @@ def test_export_loads_without_this_package(folder, tmp_path, predict_alone):
 
 @pytest.mark.slow
 def test_real_imagewang(real_data, tmp_path):
-    "One epoch of the real split, at 64 px, with its twin"
-    main = [sys.executable,'-m','sesemi_fastai.imagewang',str(real_data/'imagewang-80.tgz'),'--size','64','--arch','resnet18','--epochs','1','--twin','--out',str(tmp_path/'out')]
+    "One epoch of the real split, at 64 px, with its baseline"
+    main = [sys.executable,'-m','sesemi_fastai.imagewang',str(real_data/'imagewang-80.tgz'),'--size','64','--arch','resnet18','--epochs','1','--baseline','--out',str(tmp_path/'out')]
     r = subprocess.run(main, capture_output=True, text=True)
     assert r.returncode==0, r.stderr
     assert '1,275 labelled, 12,954 unlabelled (val among them), 3,929 for validation' in r.stdout and '10 folders of train (13,394 images)' in r.stdout

@@ -34,7 +34,7 @@ def machine():
                 torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__, pillow=PIL.__version__, commit=git or None, time=time.strftime('%Y-%m-%d %H:%M'))
 
 def make_images(folder, n, size=(80,107)):
-    "`n` pictures in one folder: smooth noise, which JPEG takes as it takes photographs"
+    "`n` images in one folder: smooth noise, which JPEG takes as it takes photographs"
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in range(n):
@@ -42,7 +42,7 @@ def make_images(folder, n, size=(80,107)):
         small.resize(size[::-1], Image.BICUBIC).save(folder/f'{i:05d}.jpg', quality=90)
 
 def made(work, name, n, size, classes=10):
-    "A folder in Imagewang's shape with pictures of our own: `n` labelled, as many unlabelled, some for validation"
+    "A folder in Imagewang's shape with images of our own: `n` labelled, as many unlabelled, some for validation"
     root = Path(work)/name
     if not root.exists():
         for c in range(classes):
@@ -61,11 +61,11 @@ def unpacked(work, archive):
     return inner[0] if len(inner)==1 and inner[0].name!='train' else out
 
 def small_images(s):
-    "Imagewang with a short side of 80 px, or pictures of its size"
+    "Imagewang with a short side of 80 px, or images of its size"
     return (None if s.quick else unpacked(s.work, 'imagewang-80.tgz')) or made(s.work, 'made-80', 40 if s.quick else 1000, (80,107))
 
 def large_images(s):
-    "Real pictures with a short side of 320 px, two of each class for validation; or pictures of that size"
+    "Real images with a short side of 320 px, two of each class for validation; or images of that size"
     root = None if s.quick else unpacked(s.work, 'imagewoof-320-sample.tgz')
     if root is None: return made(s.work, 'made-320', 40 if s.quick else 400, (80,107) if s.quick else (320,427))
     for c in sorted((root/'train').iterdir()):

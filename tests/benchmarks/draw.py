@@ -1,4 +1,4 @@
-"The results as a picture"
+"The results as an image"
 import json
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
@@ -37,8 +37,8 @@ def draw(out):
         g = res['growth']['raw']
         fig,axs = plt.subplots(2, 4, figsize=(15,6), layout='constrained')
         axs = axs.flatten(); axs[-1].axis('off')
-        lines(axs[0], g['images'], 'images', ('build_seconds','open_seconds','pass_seconds'), 'To make the store, to open it, a pass, by images', 's')
-        lines(axs[1], g['images'], 'images', ('store_bytes','pass_memory'), 'Store, and memory of the process after a pass', 'MB', scale=1e-6)
+        lines(axs[0], g['images'], 'images', ('build_seconds','open_seconds','pass_seconds'), 'To make the cache, to open it, a pass, by images', 's')
+        lines(axs[1], g['images'], 'images', ('cache_bytes','pass_memory'), 'Store, and memory of the process after a pass', 'MB', scale=1e-6)
         lines(axs[2], g['batch'], 'images', arms, 'A step, by images in it', 's')
         lines(axs[3], g['batch'], 'images', ('joint','sequential'), 'Activations of a step, by images in it', 'MB', scale=1e-6)
         lines(axs[4], g['batch'], 'images', ('overhead',), 'Our overhead over the bare step, by images in it', 'ratio', log='x')

@@ -1,4 +1,4 @@
-"How start, store, memory and speed grow with the number of images, the batch and the number of workers"
+"How start, cache, memory and speed grow with the number of images, the batch and the number of workers"
 import functools,multiprocessing,os,time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,8 +11,8 @@ from overhead import step_overhead
 from pipeline import loaders,passes
 from step import arms
 
-def copies(s, n):
-    "A folder of `n` labelled pictures and 2 a class for validation, by links to the pictures of `small_images`"
+def duplicates(s, n):
+    "A folder of `n` labelled images and 2 a class for validation, by links to the images of `small_images`"
     src,root = small_images(s),s.work/f'growth-{n}'
     files = sorted(o for o in src.rglob('*') if o.suffix.lower() in ('.jpg','.jpeg'))
     for i in range(n):
@@ -27,24 +27,24 @@ def anonymous():
     "Bytes of resident memory of this process that no file stands behind"
     return 1024*next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
 
-def start(root, store, size):
-    "In a process of its own: seconds to make the store, to open it and for a pass over it, its size, anonymous memory after that"
-    def opened():
+def start(root, cache, size):
+    "In a process of its own: seconds to make the cache, to open it and for a pass over it, its size, anonymous memory after that"
+    def open_image():
         t = time.perf_counter()
-        dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=4, seed=0, recipe='fast', num_workers=0, store=store, device='cpu', verbose=False)
+        dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=4, seed=0, recipe='fast', num_workers=0, cache=cache, device='cpu', verbose=False)
         return dls,time.perf_counter()-t
     torch.set_num_threads(1)
-    dls,first = opened()
-    dls,second = opened()
+    dls,first = open_image()
+    dls,second = open_image()
     passes([dls.unlabeled]); t = time.perf_counter()
     passes([dls.unlabeled])
     return dict(images=len(dls.unlabeled.dataset), build_seconds=first, open_seconds=second, pass_seconds=time.perf_counter()-t,
-                store_bytes=list_stores(store)[0]['bytes'], pass_memory=anonymous())
+                cache_bytes=list_caches(cache)[0]['bytes'], pass_memory=anonymous())
 
 def with_images(s):
     res,size = [],32 if s.quick else 64
     for n in ((40,160) if s.quick else (800,3200,12800)):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as ex: res.append(ex.submit(start, copies(s, n), s.work/f'store-{n}', size).result())
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as ex: res.append(ex.submit(start, duplicates(s, n), s.work/f'cache-{n}', size).result())
     return res
 
 def with_batch(s):
@@ -84,5 +84,5 @@ def run(s):
     a,b = images[0],images[-1]
     more = b['images']/a['images']
     rows = [ratio(f"with {more:.0f}× the images, {what}, over {'' if k!='pass_memory' else 'what '}{'linear' if k!='pass_memory' else 'it was'}", [b[k]/(more if k!='pass_memory' else 1)], [a[k]], None, unit, scale)
-            for k,what,unit,scale in (('build_seconds','time to make the store','s',1),('open_seconds','time to open it','s',1),('pass_seconds','time of a pass','s',1),('store_bytes','store','MB',1e-6),('pass_memory','memory of the process after a pass','MB',1e-6))]
+            for k,what,unit,scale in (('build_seconds','time to make the cache','s',1),('open_seconds','time to open it','s',1),('pass_seconds','time of a pass','s',1),('cache_bytes','cache','MB',1e-6),('pass_memory','memory of the process after a pass','MB',1e-6))]
     return rows,dict(images=images, batch=batch, workers=workers, worker_start_seconds=worker_start(s))

@@ -1,4 +1,4 @@
-"The data alone, on one core: from files, or from the store, to normalised batches at the 256 category (224 px)"
+"The data alone, on one core: from files, or from the cache, to normalised batches at the 256 category (224 px)"
 import functools,time
 import torch
 from torch.utils.data import DataLoader
@@ -8,7 +8,7 @@ from plain import Labelled
 
 def loaders(root, size, bs, s, num_workers=0, n_pass=4):
     "Labelled loaders of the plain loop and of both recipes, and how many images `n_pass` passes of each have, which are one epoch of ours"
-    ours = {k:PairedDataLoaders.from_folder(root, unlabeled='train', size=size, bs=bs, unlabeled_bs=max(1,bs//4), seed=0, recipe=k, num_workers=num_workers, store=s.work/'store', verbose=False, device='cpu').train for k in ('reference','fast')}
+    ours = {k:PairedDataLoaders.from_folder(root, unlabeled='train', size=size, bs=bs, unlabeled_bs=max(1,bs//4), seed=0, recipe=k, num_workers=num_workers, cache=s.work/'cache', verbose=False, device='cpu').train for k in ('reference','fast')}
     for o in ours.values(): o.n_steps = n_pass*(o.n//bs)
     plain = DataLoader(Labelled(root, size), batch_size=bs, shuffle=True, drop_last=True, num_workers=num_workers)
     return dict(plain=[plain]*n_pass, **{k:[o] for k,o in ours.items()}),n_pass*len(plain)*bs

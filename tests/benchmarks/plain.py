@@ -1,5 +1,5 @@
-"""The rival: SESEMI as a plain PyTorch loop, written as the published one is, and sharing no code with this package.
-Pictures are decoded and augmented by PIL at every visit, rotated in the workers, sent as float32; the labelled loader, with its workers, starts over whenever it runs out."""
+"""The baseline loop: SESEMI as a plain PyTorch loop, written as the published one is, and sharing no code with this package.
+Images are decoded and augmented by PIL at every visit, rotated in the workers, sent as float32; the labelled loader, with its workers, starts over whenever it runs out."""
 import random
 from pathlib import Path
 import torch

@@ -16,9 +16,9 @@ def show(r):
     target = f", wanted {r['target']:.2f}" if r['target'] else ''
     return f"{r['name']}: {r['ratio']:.3f}×{spread}; {r['mine']:.4g} and {r['other']:.4g} {r['unit']}{target}"
 
-def main(args=None):
+def imagewang_command(args=None):
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--quick', action='store_true', help='tiny pictures and networks: shows that it runs, measures nothing')
+    p.add_argument('--quick', action='store_true', help='tiny images and networks: shows that it runs, measures nothing')
     p.add_argument('--only', default=','.join(parts)); p.add_argument('--rounds', type=int); p.add_argument('--out', type=Path, default=here/'results/bench')
     a = p.parse_args(args)
     a.out.mkdir(parents=True, exist_ok=True)
@@ -38,4 +38,4 @@ def main(args=None):
     if a.out==here/'results/bench':
         for o in a.out.glob('*.png'): shutil.copy(o, here.parent.parent/'nbs/images')   # for the page about them
 
-if __name__=='__main__': main()
+if __name__=='__main__': imagewang_command()

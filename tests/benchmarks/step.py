@@ -14,8 +14,8 @@ class Timed(Callback):
     def after_train(self): self.learn.train_seconds = time.perf_counter()-self.start
     def before_validate(self): raise CancelValidException
 
-def learner(arch, root, size, ubs, steps, recipe, store, num_workers=None):
-    dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=ubs, seed=0, n_steps=steps, recipe=recipe, store=store, num_workers=num_workers, verbose=False)
+def learner(arch, root, size, ubs, steps, recipe, cache, num_workers=None):
+    dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=ubs, seed=0, n_steps=steps, recipe=recipe, cache=cache, num_workers=num_workers, verbose=False)
     return sesemi_learner(dls, arch, cbs=[RotationPretext(),Timed()])
 
 def train(learn, lr=.01):
@@ -25,7 +25,7 @@ def train(learn, lr=.01):
 
 def arms(arch, root, size, ubs, steps, s, plain=(('plain',2),('alone',0)), num_workers=None):
     "The plain loop, by name and its workers, and both recipes, as they are by default: functions that make `steps` steps from freshly started loaders and say how long they took"
-    learns = {k:learner(arch, root, size, ubs, steps, k, s.work/'store', num_workers) for k in ('reference','fast')}
+    learns = {k:learner(arch, root, size, ubs, steps, k, s.work/'cache', num_workers) for k in ('reference','fast')}
     loops = {k:Loop(arch, root, learns['fast'].dls.unlabeled.dataset.items, size, ubs, n) for k,n in plain}
     return {k:functools.partial(o.run, steps) for k,o in loops.items()}|{k:functools.partial(train, o) for k,o in learns.items()}
 
@@ -38,6 +38,6 @@ def run(s):
         what = f'{arch.__name__}, {size} px, {4*ubs}+4×{ubs} images'
         for k,target in (('reference',1.),('fast',targets.get(arch.__name__))):
             rows.append(ratio(f'whole step, {k} recipe: {what}', t[k], t['plain'], target, 's', 1/steps))
-            rows.append(ratio(f'whole step, {k} recipe, the rival without workers: {what}', t[k], t['alone'], None, 's', 1/steps))
+            rows.append(ratio(f'whole step, {k} recipe, the baseline loop without workers: {what}', t[k], t['alone'], None, 's', 1/steps))
         raw.append(dict(what=what, steps=steps, seconds=t))
     return rows,raw

@@ -1,24 +1,24 @@
-"The store of decoded pictures, in bad company: two builders at once, a kill, a full disk, files that vanish"
+"The cache of decoded images, in bad company: two builders at once, a kill, a full disk, files that vanish"
 import errno,json,multiprocessing,os,pickle,shutil,time
 from contextlib import redirect_stdout
 import numpy as np,pytest
 from PIL import Image
 from sesemi_fastai.all import *
-from sesemi_fastai import images,store as module
+from sesemi_fastai import images,cache as module
 
 def build(root, home, seconds, log):
-    "In another process: a store of `root`, each picture taking `seconds` longer; what is said goes to `log`"
+    "In another process: a cache of `root`, each image taking `seconds` longer; what is said goes to `log`"
     def work():
-        decode = module.DecodePicture.__call__
+        decode = module.DecodeImage.__call__
         def slow(self, path): time.sleep(seconds); return decode(self, path)
-        module.DecodePicture.__call__ = slow
-        with open(log, 'w') as f, redirect_stdout(f): open_store(find_images(root), root, 32, home, n_threads=2).verify()
+        module.DecodeImage.__call__ = slow
+        with open(log, 'w') as f, redirect_stdout(f): open_cache(find_images(root), root, 32, home, n_threads=2).verify()
     p = multiprocessing.get_context('fork').Process(target=work)
     p.start()
     return p
 
-def same_pictures(read, root):
-    for f in find_images(root): assert np.array_equal(read(f), DecodePicture(32)(f))
+def same_images(read, root):
+    for f in find_images(root): assert np.array_equal(read(f), DecodeImage(32)(f))
 
 def leftovers(home): return [o.name for o in home.iterdir() if o.suffix=='.part']
 
@@ -28,56 +28,56 @@ def test_two_at_once(folder, tmp_path):
     both = [build(folder, home, .05, o) for o in logs]
     for p in both: p.join()
     said = ''.join(o.read_text() for o in logs)
-    assert [p.exitcode for p in both]==[0,0] and said.count('Storing 39')==1 and 'Waiting for another process' in said and leftovers(home)==[]
-    same_pictures(open_store(find_images(folder), folder, 32, home), folder)
+    assert [p.exitcode for p in both]==[0,0] and said.count('Caching 39')==1 and 'Waiting for another process' in said and leftovers(home)==[]
+    same_images(open_cache(find_images(folder), folder, 32, home), folder)
 
 def test_killed_half_way(folder, tmp_path, capsys):
     home = tmp_path/'home'
     p = build(folder, home, .2, tmp_path/'log.txt')
     while p.is_alive() and not (home.exists() and leftovers(home)): time.sleep(.01)
     time.sleep(.3); p.kill(); p.join()
-    assert leftovers(home) and list_stores(home)==[]
-    other = home/'.other-32-0-x.part'; other.mkdir()                          # another store is none of its business
-    same_pictures(open_store(find_images(folder), folder, 32, home), folder)
-    assert 'Storing 39' in capsys.readouterr().out and leftovers(home)==[other.name] and len(list_stores(home))==1
+    assert leftovers(home) and list_caches(home)==[]
+    other = home/'.other-32-0-x.part'; other.mkdir()                          # another cache is none of its business
+    same_images(open_cache(find_images(folder), folder, 32, home), folder)
+    assert 'Caching 39' in capsys.readouterr().out and leftovers(home)==[other.name] and len(list_caches(home))==1
 
-def no_store(folder, home, says):
-    "Pictures are decoded each time, and a warning says why and what to do"
-    with pytest.warns(UserWarning, match=says+r'.*store=.*store=False'): read = open_store(find_images(folder), folder, 32, home)
-    assert isinstance(read, DecodePicture)
-    same_pictures(read, folder)
-    assert leftovers(home)==[] and list_stores(home)==[]
+def no_cache(folder, home, says):
+    "Images are decoded each time, and a warning says why and what to do"
+    with pytest.warns(UserWarning, match=says+r'.*cache=.*cache=False'): read = open_cache(find_images(folder), folder, 32, home)
+    assert isinstance(read, DecodeImage)
+    same_images(read, folder)
+    assert leftovers(home)==[] and list_caches(home)==[]
 
 def test_full_disk_before(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9,10**9,1000))
-    no_store(folder, tmp_path/'home', r"can't be stored in .*home \(0.0 GB are needed and 0.0 GB are free\)")
+    no_cache(folder, tmp_path/'home', r"can't be cached in .*home \(0.0 GB are needed and 0.0 GB are free\)")
 
 def test_full_disk_while_writing(folder, tmp_path, monkeypatch):
     def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(module.os, 'fsync', full)
-    no_store(folder, tmp_path/'home', 'No space left on device')
+    no_cache(folder, tmp_path/'home', 'No space left on device')
 
 def test_read_only_folder(folder, tmp_path, monkeypatch):
     home = tmp_path/'home'; home.mkdir()
     def refuse(self): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.lock_file)
     monkeypatch.setattr(module.FileLock, '_acquire', refuse)                  # as root may write anywhere
-    no_store(folder, home, 'Permission denied')
+    no_cache(folder, home, 'Permission denied')
 
 def test_a_store_that_is_there_needs_no_writing(folder, tmp_path, monkeypatch):
     home = tmp_path/'home'
-    open_store(find_images(folder), folder, 32, home)
+    open_cache(find_images(folder), folder, 32, home)
     def refuse(self): raise PermissionError(errno.EACCES, 'must not write')
     monkeypatch.setattr(module.FileLock, '_acquire', refuse)
-    assert len(open_store(find_images(folder), folder, 32, home))==39
+    assert len(open_cache(find_images(folder), folder, 32, home))==39
 
 def test_files_of_others_stay(folder, tmp_path):
     home = tmp_path/'home'
-    open_store(find_images(folder), folder, 32, home)
-    mine = list_stores(home)[0]['folder']; (mine/'thesis.txt').write_text('mine'); (mine/'store.json').write_text('{}')
-    with pytest.warns(UserWarning, match='holds other files'): same_pictures(open_store(find_images(folder), folder, 32, home), folder)
+    open_cache(find_images(folder), folder, 32, home)
+    mine = list_caches(home)[0]['folder']; (mine/'thesis.txt').write_text('mine'); (mine/'cache.json').write_text('{}')
+    with pytest.warns(UserWarning, match='holds other files'): same_images(open_cache(find_images(folder), folder, 32, home), folder)
     assert (mine/'thesis.txt').read_text()=='mine'
 
-def paired(folder, home, num_workers=0, **kw): return PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=num_workers, seed=0, recipe='fast', store=home, verbose=False, **kw)
+def paired(folder, home, num_workers=0, **kw): return PairedDataLoaders.from_folder(folder, size=28, unlabeled_bs=4, bs=8, num_workers=num_workers, seed=0, recipe='fast', cache=home, verbose=False, **kw)
 
 def reader(dls): return dls.train.dataset.tls[0].tfms.fs[0].tfm
 
@@ -85,14 +85,14 @@ def test_vanished_and_broken_files_are_named(folder, tmp_path):
     home,bad = tmp_path/'home',folder/'unsup/3.png'
     files = find_images(folder)
     bad.rename(tmp_path/'away.png')
-    with pytest.raises(BadImageError, match='unsup/3.png'): open_store(files, folder, 32, home)
+    with pytest.raises(BadImageError, match='unsup/3.png'): open_cache(files, folder, 32, home)
     bad.write_bytes((tmp_path/'away.png').read_bytes()[:900])
     with pytest.raises(BadImageError, match='unsup/3.png'): paired(folder, home)
-    assert leftovers(home)==[] and list_stores(home)==[]                      # neither half a store nor a wrong picture in one
+    assert leftovers(home)==[] and list_caches(home)==[]                      # neither half a cache nor a wrong image in one
 
-def test_skip_decodes_only_what_is_not_stored(folder, tmp_path, monkeypatch):
-    decoded,load = [],images.load_image
-    monkeypatch.setattr(images, 'load_image', lambda o: decoded.append(o) or load(o))   # as bad_images does
+def test_skip_decodes_only_what_is_not_cached(folder, tmp_path, monkeypatch):
+    decoded,load = [],images.read_rgb
+    monkeypatch.setattr(images, 'read_rgb', lambda o: decoded.append(o) or load(o))   # as bad_images does
     bad = folder/'unsup/3.png'; bad.write_bytes(bad.read_bytes()[:900])
     for n in (36,1):
         dls = paired(folder, tmp_path/'home', on_bad_image='skip')
@@ -106,19 +106,19 @@ def test_changed_file_between_runs(folder, tmp_path, capsys):
     dls = paired(folder, home)
     assert 'lacks 1 files as they are now' in capsys.readouterr().out
     read = reader(dls)
-    assert isinstance(read, PictureStore) and (read(f)==[9,99,200]).all()
+    assert isinstance(read, ImageCache) and (read(f)==[9,99,200]).all()
 
-def test_damaged_picture(folder, tmp_path):
-    "Bytes that changed on disk where opening doesn't look are never served: that picture comes from its file, with a warning, and all others from the store"
+def test_damaged_image(folder, tmp_path):
+    "Bytes that changed on disk where opening doesn't look are never served: that image comes from its file, with a warning, and all others from the cache"
     home = tmp_path/'home'
     paired(folder, home)
-    mine = list_stores(home)[0]['folder']
-    bad = folder/json.loads((mine/'store.json').read_text())['names'][1]
+    mine = list_caches(home)[0]['folder']
+    bad = folder/json.loads((mine/'cache.json').read_text())['names'][1]
     row = np.load(mine/'index.npy')[1]; at = row['offset']+row['h']*row['w']*3//2
     with open(mine/'pixels.bin','r+b') as f: f.seek(at); b = f.read(1)[0]; f.seek(at); f.write(bytes([b^64]))
     read = reader(paired(folder, home))
-    with pytest.warns(UserWarning, match='damaged picture of .*delete that folder'): assert np.array_equal(read(bad), DecodePicture(32)(bad))
-    same_pictures(read, folder)
+    with pytest.warns(UserWarning, match='damaged image of .*delete that folder'): assert np.array_equal(read(bad), DecodeImage(32)(bad))
+    same_images(read, folder)
     assert read.seen.sum()==35
 
 def test_what_workers_checked_is_not_checked_again(folder, tmp_path):
@@ -127,33 +127,33 @@ def test_what_workers_checked_is_not_checked_again(folder, tmp_path):
     assert reader(dls).seen.sum()==36 and len(dls.unlabeled.dataset)==36
 
 def test_a_worker_opens_a_store_that_was_made_again(folder, tmp_path):
-    sent = pickle.dumps(open_store(find_images(folder), folder, 32, tmp_path/'home'))
+    sent = pickle.dumps(open_cache(find_images(folder), folder, 32, tmp_path/'home'))
     shutil.copy(folder/'unsup/0.png', folder/'unsup/zz.png')
-    open_store(find_images(folder), folder, 32, tmp_path/'home')
-    store = pickle.loads(sent)
-    same_pictures(store, folder)
-    assert len(store)==store.seen.sum()==40
+    open_cache(find_images(folder), folder, 32, tmp_path/'home')
+    cache = pickle.loads(sent)
+    same_images(cache, folder)
+    assert len(cache)==cache.seen.sum()==40
 
 def test_progress_is_shown_where_someone_sees_it(folder, tmp_path, monkeypatch, capsys):
     for seen in (False,True):
         monkeypatch.setattr(module.sys.stdout, 'isatty', lambda: seen)
-        open_store(find_images(folder), folder, 32, tmp_path/f'home-{seen}')
+        open_cache(find_images(folder), folder, 32, tmp_path/f'home-{seen}')
         assert ('100.00% [39/39' in capsys.readouterr().out)==seen
 
 def test_names_that_are_not_text(folder, tmp_path):
     for n in (b'new\nline.png', b'\xff\xfe.png', 'ü ß.png'.encode()): shutil.copy(folder/'unsup/0.png', os.fsdecode(os.fsencode(folder/'unsup')+b'/'+n))
-    store = open_store(find_images(folder), folder, 32, tmp_path/'home')
-    assert len(store)==42
-    same_pictures(open_store(find_images(folder), folder, 32, tmp_path/'home'), folder)
+    cache = open_cache(find_images(folder), folder, 32, tmp_path/'home')
+    assert len(cache)==42
+    same_images(open_cache(find_images(folder), folder, 32, tmp_path/'home'), folder)
 
 def test_memory_while_building_does_not_grow(folder, tmp_path, monkeypatch):
-    "No more pictures are held than are in flight"
+    "No more images are held than are in flight"
     alive,most = [0],[0]
     class Counted(np.ndarray):
         def __del__(self): alive[0] -= 1
     def decode(self, path):
         alive[0] += 1; most[0] = max(most[0], alive[0])
         return np.zeros((32,32,3), np.uint8).view(Counted)
-    monkeypatch.setattr(module.DecodePicture, '__call__', decode)
-    open_store(find_images(folder), folder, 32, tmp_path/'home', n_threads=1)
+    monkeypatch.setattr(module.DecodeImage, '__call__', decode)
+    open_cache(find_images(folder), folder, 32, tmp_path/'home', n_threads=1)
     assert most[0]<=8
