@@ -87,7 +87,7 @@ def vat_perturbation(
     target_logits:Tensor, # `f(x)`; computed again within autocast, where it is too coarse
     task:str='single', # 'single' or 'multi'
     eps:float=40., # Length of the perturbation, in units of `x`, over all pixels and channels of an image
-    xi:float=1e-2, # Length of the step by which the gradient is taken
+    xi:float=.03, # Length of the step by which the gradient is taken
     n_power:int=1 # Power iterations: a forward and a backward pass each
 )->Tensor: # `(B,C,H,W)`, to be added to `x`; each image's has the length `eps`
     "The direction in which predictions change most, from a random one by torch's generator; parameters' gradients stay as they are"
@@ -109,15 +109,21 @@ def process_count()->int:
     "The number of processes that `torch.distributed` joins, or 1"
     return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
 
+class _MeanOverProcesses(torch.autograd.Function):
+    "Each process computes the same from the mean, so the gradient of it is the mean of theirs"
+    @staticmethod
+    def forward(ctx, x):
+        res = x.clone()
+        torch.distributed.all_reduce(res)
+        return res/process_count()
+    @staticmethod
+    def backward(ctx, grad): return _MeanOverProcesses.forward(ctx, grad)
+
 def mean_over_processes(
     x:Tensor # A mean over this process's part of a batch, all parts being of equal size
-)->Tensor: # Bitwise identical in all processes; gradients are those of a loss that is averaged over them
+)->Tensor: # Bitwise identical in all processes; gradients are right where those of the processes are averaged
     "The mean over the whole batch"
-    if process_count()<2: return x
-    m = x.detach().clone()
-    torch.distributed.all_reduce(m)
-    m /= process_count()
-    return m+(x-x.detach()) if x.requires_grad else m
+    return x if process_count()<2 else _MeanOverProcesses.apply(x)
 
 # %% ../nbs/05a_losses.ipynb #05a00022
 def barlow_twins_loss(
