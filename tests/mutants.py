@@ -223,7 +223,7 @@ def try_one(m):
     print(f"{outcome:<10} {m['module']:<13} {m['old'][:50]!r}"+(f" by {by}" if by else ''), flush=True)
     return dict(m, outcome=outcome, by=by, seconds=round(time.time()-start, 1))
 
-def imagewang_command(args):
+def main(args):
     key = lambda o: (o['module'],o['old'],o['new'])
     have = {key(o):o for o in (json.loads(results.read_text()) if results.exists() else [])}
     which = [m for m in mutants if not args or m['module'] in args or ('missing' in args and key(m) not in have)]
