@@ -102,6 +102,9 @@ class UnlabeledObjective(TransientCallback):
         "What is kept over steps, such as thresholds; nothing by default"
         return {}
 
+    def see_data(self, dls):
+        "Called before the first step with what has the transforms of the data: `DataLoaders`, or one loader"
+
     def check(self, learn:Learner, x:Tensor): # Unlabelled images `(2,C,H,W)`
         "Raise `ValueError` where the data of `learn` can't be used"
 

@@ -45,6 +45,7 @@ def view_name(
     view # A function of the unlabelled images, or an object that is one
 )->str:
     "The name by which the draws of a view are told from those of others"
+    view = getattr(view,'func',view)   # of a partial
     return getattr(view,'__qualname__',None) or type(view).__qualname__
 
 class UnlabeledBatch:

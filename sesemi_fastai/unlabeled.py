@@ -164,7 +164,7 @@ def prepare(self:UnlabeledStep):
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
     task,seed = task_of(learn.loss_func, sample_targets(learn.dls.train)),getattr(whole_dl(dl),'seed',None)
-    for o in objectives: o.prepare(learn, layer, task, out.shape[-1], seed); o.check(learn, x)
+    for o in objectives: o.prepare(learn, layer, task, out.shape[-1], seed); o.see_data(learn.dls); o.check(learn, x)
     self._task,self._ready,self._cancelled,self._last = task,True,False,{}
     self._norms = batchnorms(model),batchnorms(model, layer.behind) if layer else []
     self._forward = feature_pass(learn.model, layer)
