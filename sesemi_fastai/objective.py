@@ -33,7 +33,8 @@ def follow_hypers(
     learn:Learner # Whose hyperparameters are taken over
 ):
     "Give `opt` the hyperparameters of the last parameter group of `learn`"
-    for k,v in learn.opt.hypers[-1].items(): opt.set_hyper(k, v)
+    if isinstance(opt, OptimWrapper): opt.opt.param_groups[0].update({k:v for k,v in learn.opt.opt.param_groups[-1].items() if k!='params'})
+    else: opt.hypers[0].update(learn.opt.hypers[-1])
 
 def step_optimizer(
     opt, # From `optimizer_like`
@@ -46,20 +47,19 @@ def step_optimizer(
     else: opt.step()
     opt.zero_grad()
 
-# %% ../nbs/07a_objective.ipynb #8c953228
-_tasks = {'single':(CrossEntropyLossFlat,FocalLossFlat,LabelSmoothingCrossEntropy,LabelSmoothingCrossEntropyFlat,nn.CrossEntropyLoss,nn.NLLLoss),
-          'multi':(BCEWithLogitsLossFlat,nn.BCEWithLogitsLoss,nn.MultiLabelSoftMarginLoss),
-          'regression':(MSELossFlat,L1LossFlat,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss)}
+# %% ../nbs/07a_objective.ipynb #1fdceeeb
+_tasks = {'single':(nn.CrossEntropyLoss,nn.NLLLoss,CrossEntropyLossFlat,FocalLossFlat,LabelSmoothingCrossEntropy,LabelSmoothingCrossEntropyFlat,F.cross_entropy,F.nll_loss),
+          'multi':(nn.BCEWithLogitsLoss,nn.MultiLabelSoftMarginLoss,F.binary_cross_entropy_with_logits),
+          'regression':(nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,F.mse_loss,F.l1_loss)}
 
 def task_of(
     loss_func, # Of a Learner
     targets=None # Of a labelled batch, which tell where the loss doesn't
 )->str: # 'single', 'multi' or 'regression'
     "What the outputs of a model trained by `loss_func` mean"
-    for f in (loss_func, getattr(loss_func,'func',None), getattr(loss_func,'crit',None), getattr(loss_func,'old_lf',None)):
+    for f in (loss_func, getattr(loss_func,'func',None), getattr(loss_func,'old_lf',None)):   # fastai's MixUp keeps the loss in `old_lf`
         for k,kinds in _tasks.items():
-            if isinstance(f, kinds) or f in kinds: return k
-    if f := {F.cross_entropy:'single', F.nll_loss:'single', F.binary_cross_entropy_with_logits:'multi', F.mse_loss:'regression', F.l1_loss:'regression'}.get(loss_func): return f
+            if getattr(f,'func',f) in kinds or type(f) in kinds: return k
     if targets is None: return 'single'
     return 'regression' if targets.is_floating_point() else 'single'
 
