@@ -20,7 +20,12 @@ from .randomness import *
 from .passes import *
 from .objective import *
 from .unlabeled import *
+from .losses import *
+from .weighting import *
+from .strong import *
 from .pretext import *
+from .prediction import *
+from .embedding import *
 from .show import *
 from .optimizer import *
 from .schedule import *

@@ -154,6 +154,8 @@ def prepare(self:UnlabeledStep):
     learn,objectives = self.learn,self.objectives
     twice = [n for n in {o.name for o in objectives} if sum(o.name==n for o in objectives)>1]
     if twice: raise ValueError(f"This Learner has two objectives called {twice[0]!r}, whose columns would be one: leave one out, or give it a name of its own (cb.name = ...).")
+    for o in objectives:
+        if o.teacher=='ema' and not hasattr(learn,'ema'): raise ValueError(f"{type(o).__name__} needs the averaged weights of EMA for its targets, and this Learner has none: add EMA() to cbs.")
     self.forget_search()
     dl,model = unlabeled_dl(learn),plain_model(learn.model)
     x = sample_inputs(whole_dl(dl)).as_subclass(Tensor).to(first(model.parameters()).device)
