@@ -160,13 +160,15 @@ def prepare(self:UnlabeledStep):
     dl,model = unlabeled_dl(learn),plain_model(learn.model)
     x = sample_inputs(whole_dl(dl)).as_subclass(Tensor).to(first(model.parameters()).device)
     with eval_mode(model): out = model(x)
+    for o in objectives if not isinstance(out, Tensor) else []:
+        if o.reads=='classes': raise ValueError(f"{type(o).__name__} reads the output of the model, and {type(model).__name__} gives a {type(out).__name__}, not one tensor: leave {o.name} out.")
     layer,needs = None,[o for o in objectives if o.reads=='features']
     if needs:
         given = {o.features for o in needs}-{None}
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
     task,seed = task_of(learn.loss_func, sample_targets(learn.dls.train)),getattr(whole_dl(dl),'seed',None)
-    for o in objectives: o.prepare(learn, layer, task, out.shape[-1], seed); o.see_data(learn.dls)
+    for o in objectives: o.prepare(learn, layer, task, out.shape[-1] if isinstance(out, Tensor) else 0, seed); o.see_data(learn.dls)
     with preserved():   # views may draw
         for o in objectives: o.check(learn, x)
     self._task,self._ready,self._cancelled,self._last = task,True,False,{}
