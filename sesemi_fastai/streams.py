@@ -137,3 +137,7 @@ class StreamDL(TfmdDL):
         epoch = self.epoch
         try: return super().one_batch()
         finally: self.epoch = epoch
+
+    def __getstate__(self):
+        "Without the iterator of a pass that isn't over, which can't be duplicated"
+        return {k:v for k,v in vars(self).items() if k!='it'}
