@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_key', 'preserved', 'reseed', 'seeded', 'LoaderOrder', 'EpochSamples', 'epoch_samples', 'whole_dl',
-           'seeded_batches', 'StreamDL', 'start_streams']
+           'seeded_batches', 'StreamDL']
 
 # %% ../nbs/03_streams.ipynb #3f0c52aa
 from fastai.vision.all import *
@@ -252,20 +252,11 @@ class StreamDL(TfmdDL):
         try: return super().one_batch()
         finally: self.epoch,self.n_skip = epoch,skip
 
-    def show_batch(self, b=None, max_n:int=9, ctxs=None, show:bool=True, # As for `TfmdDL`
-                   unique:bool=False, # One item, augmented differently in each place
-                   **kwargs):
-        "Show a look at the next batch"
-        if unique and b is None and self.shuffle:
-            with seeded(random_key(self.seed, self.stream, 'one item'), self.device):
-                self.before_iter()
-                b = self.do_batch([self.do_item(i*self.n) for i in range(max_n)])
-                b,unique = self.after_batch(to_device(b, self.device) if self.device else b),False
-        return super().show_batch(b, max_n, ctxs, show, unique, **kwargs)
-
-def start_streams(
-    dls # Loaders, of which those that are no `StreamDL` stay as they are
-):
-    "The epoch that comes next in `dls` is their first: a fit that begins sees the same images whatever was read before"
-    for dl in map(whole_dl, getattr(dls, 'loaders', [])):
-        if isinstance(dl, StreamDL): dl.epoch,dl.n_skip = 0,0
+    def batch_of_one(self,
+        n:int=9 # Images in the batch
+    ):
+        "The first item `n` times, augmented differently each time"
+        with seeded(random_key(self.seed, self.stream, 'one item'), self.device):
+            self.before_iter()
+            b = self.do_batch([self.do_item(i*self.n if self.shuffle else 0) for i in range(n)])
+            return self.after_batch(to_device(b, self.device) if self.device else b)
