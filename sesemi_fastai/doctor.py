@@ -10,7 +10,7 @@ from fastai.vision.all import *
 from dataclasses import dataclass,field
 import statistics
 from .images import *
-from .data import *
+from .folders import *
 from .features import *
 from .features import _eval_mode
 from .unlabeled import *
