@@ -28,7 +28,7 @@ def _show(images, titles, colors=None, ncols=None, **kwargs):
     "Images with titles"
     for i,(ax,x) in enumerate(zip(get_grid(len(images), ncols=ncols, **kwargs), images)):
         show_image(x, ctx=ax)
-        ax.set_title(titles[i], color=colors[i] if colors else None)
+        ax.set_title(titles[i], color=colors[i] if colors else 'black')
 
 @patch
 def titled_views(self:UnlabeledObjective,

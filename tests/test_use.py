@@ -107,7 +107,8 @@ def test_weighted_loaders(folder):
 def test_partial_loaders(folder):
     "partial_dataloaders, a loader of another length: its order, and its number of batches an epoch where that is the larger stream"
     db = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, splitter=GrandparentSplitter('train','val'), get_y=parent_label, item_tfms=Resize(32))
-    p = paired(db.datasets(folder).partial_dataloaders(8, bs=4, num_workers=0, after_item=[Resize(32)]+[*db.item_tfms[1:]]), [folder/'unsup/0.png']*2)
+    dls = db.datasets(folder).partial_dataloaders(8, bs=4, num_workers=0, after_item=db.item_tfms, after_batch=db.batch_tfms)
+    p = paired(dls, [folder/'unsup/0.png']*2)
     assert len(p.train)==2 and [len(b[1]) for b in p.train]==[4,4]
 
 class OwnBatches(TfmdDL):
