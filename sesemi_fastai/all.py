@@ -11,6 +11,7 @@ from .augment import *
 from .cache import *
 from .streams import *
 from .distributed import *
+from .folders import *
 from .data import *
 from .samples import *
 from .features import *
