@@ -9,10 +9,13 @@ __all__ = ['report_table', 'write_findings', 'write_exclude_list', 'write_html',
 # %% ../nbs/16a_doctor_report.ipynb #aa0c733f
 from fastai.vision.all import *
 from dataclasses import fields,replace
-import base64,html,json
+import json
 from .images import *
 from .data import *
+from .html import *
+from .report import *
 from .run import *
+from .command import *
 from .imagewang import *
 from .doctor import *
 
@@ -59,50 +62,47 @@ def _write(file, text):
     except FileExistsError: raise FileExistsError(f"{printable(file)} exists, and is not written over: name another file or folder.") from None
 
 # %% ../nbs/16a_doctor_report.ipynb #17dc2b31
-_css = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1060px;margin:2.5em auto;padding:0 1.2em}
-h1{font-size:1.6em;margin:0} h2{font-size:1.15em;margin:2.4em 0 .2em;border-top:1px solid #ddd;padding-top:1.2em}
-p{margin:.2em 0} .quiet{color:#666} table{border-collapse:collapse;margin:1.5em 0} td{padding:.25em 1.2em .25em 0;vertical-align:top;border-bottom:1px solid #eee}
-a{color:inherit} .rows{display:flex;flex-wrap:wrap;gap:14px;margin-top:.9em} .row{border:1px solid #e4e4e4;border-radius:6px;padding:8px;max-width:100%;box-sizing:border-box}
-.pics{display:flex;flex-wrap:wrap;gap:6px} figure{margin:0;width:112px} figure img{display:block;max-width:112px;max-height:96px} .four{width:auto} .four img{display:inline-block;max-width:76px;max-height:76px;margin-right:3px}
-figcaption{font-size:11px;color:#666;overflow-wrap:anywhere;line-height:1.25;margin-top:3px} .note{font-size:12px;margin-top:4px}
-.bar{display:inline-block;height:.8em;background:#7a9cc6;margin-right:.5em}"""
-
-def _img(im):
-    "An `img` with the image in it"
-    buf = io.BytesIO(); im.save(buf, 'JPEG', quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buf.getvalue()).decode()}">'
-
 def _figure(p, path, four):
     "An image with its name; only the name where it can't be read"
+    name = printable(_rel(p, path))
     try: im = read_rgb(p)
-    except BadImageError: pics = ''
+    except BadImageError: images = ''
     else:
         im.thumbnail((112,96))
-        pics = ''.join(_img(im.rotate(90*k, expand=True)) for k in range(4)) if four else _img(im)
-    return f'<figure class="{"four" if four else ""}">{pics}<figcaption>{html.escape(printable(_rel(p, path)))}</figcaption></figure>'
+        images = ''.join(html_image(im.rotate(90*k, expand=True), f'{name}, turned by {90*k}°') for k in range(4)) if four else html_image(im, name)
+    return f'<figure class="{"four" if four else ""}">{images}<figcaption>{to_html(name)}</figcaption></figure>'
 
-def _section(o, path, max_rows, max_files=12):
+def _bars(bars):
+    "Numbers as bars, by readable names"
+    top = max(bars.values()) or 1
+    return html_table([[k,Html(f'<span class="bar" style="width:{300*v/top:.0f}px"></span>{v:,}')] for k,v in bars.items()])
+
+def _section(o, path, names, max_rows, max_files=12):
     "A finding in HTML"
-    out = [f'<h2 id="{o.name}">{html.escape(o.title)}</h2><p>{html.escape(o.says)}</p><p class="quiet">{html.escape(o.means)}</p>']
-    if o.bars:
-        top = max(o.bars.values()) or 1
-        out.append('<table>'+''.join(f'<tr><td>{html.escape(k)}</td><td><span class="bar" style="width:{300*v/top:.0f}px"></span>{v:,}</td></tr>' for k,v in o.bars.items())+'</table>')
+    out = [f'<h2 id="{o.name}">{to_html(o.title)}</h2><p>{to_html(o.says)}</p><p class="quiet">{to_html(o.means)}</p>']
+    if o.bars: out.append(_bars(dict(zip(class_names(list(o.bars), names), o.bars.values())) if o.name=='classes' else o.bars))
     four = o.name in ('sideways','untellable')
-    out.append('<div class="rows">'+''.join(f'<div class="row"><div class="pics">{"".join(_figure(p, path, four) for p in ps[:max_files])}</div><div class="note">{html.escape(n)}{f" (and {len(ps)-max_files} more)" if len(ps)>max_files else ""}</div></div>' for ps,n in o.rows[:max_rows])+'</div>')
+    out.append('<div class="rows">'+''.join(f'<div class="row"><div class="images">{"".join(_figure(p, path, four) for p in ps[:max_files])}</div><div class="note">{to_html(n)}{f" (and {len(ps)-max_files} more)" if len(ps)>max_files else ""}</div></div>' for ps,n in o.rows[:max_rows])+'</div>')
     if len(o.rows)>max_rows: out.append(f'<p class="quiet">and {len(o.rows)-max_rows:,} more, all named in the JSON</p>')
     return '\n'.join(out)
+
+def _body(r, max_rows, names=None):
+    "All findings in HTML"
+    rows = [[Html(f'<a href="#{o.name}">{to_html(o.title)}</a>'),o.says] for o in r.findings]
+    return (f'<h1>{to_html(r.path.name)}</h1><p>{to_html(_counts(r))}</p><p class="quiet">{len(r.exclude()):,} files are better left out: those that can\'t be read, and duplicates. No file was changed.</p>{html_table(rows)}\n'
+        +'\n'.join(_section(o, r.path, names, max_rows) for o in r.findings if o.rows or o.bars))
 
 def write_html(
     r:Report, # What `doctor` found
     file:Path, # Written anew
-    max_rows:int=24 # Groups of images shown for a finding
+    max_rows:int=24, # Groups of images shown for a finding
+    names:str|Path=None # A JSON file of class names, see `class_names`
 ):
     "A page with each finding and its images, which needs no other file"
-    rows = ''.join(f'<tr><td><a href="#{o.name}">{html.escape(o.title)}</a></td><td>{html.escape(o.says)}</td></tr>' for o in r.findings)
-    _write(file, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Doctor: {html.escape(printable(r.path.name))}</title><style>{_css}</style>\n'
-        f'<h1>{html.escape(printable(r.path.name))}</h1><p>{_counts(r)}</p><p class="quiet">{len(r.exclude()):,} files are better left out: those that can\'t be read, and duplicates. No file was changed.</p><table>{rows}</table>\n'
-        +'\n'.join(_section(o, r.path, max_rows) for o in r.findings if o.rows or o.bars)+'</html>\n')
+    _write(file, html_page(f'Doctor: {r.path.name}', _body(r, max_rows, names)))
+
+@patch
+def _repr_html_(self:Report): return html_block(_body(self, max_rows=4))   # what a notebook shows of `doctor(path)`
 
 # %% ../nbs/16a_doctor_report.ipynb #5f728694
 def trained_learner(
@@ -118,6 +118,8 @@ def trained_learner(
     learn.model.load_state_dict(torch.load(Path(folder)/'model.pth', weights_only=True))
     return learn
 
+def _check_names(file): class_names((), file)   # `sesemi_doctor` has an option of this name
+
 def sesemi_doctor(
     data:str='sample', # sample, imagewang, imagewang_320, imagewang_160, a folder, or an archive
     train:str='train', # Folder of labelled images, one folder a class
@@ -127,16 +129,21 @@ def sesemi_doctor(
     run:str=None, # Folder of a finished run, whose network tells which unlabelled images look like none of the classes
     out:str=None, # Folder for doctor.html and doctor.json
     write_exclude:str=None, # JSON file to write, for --exclude of sesemi_imagewang: files that can't be read, and duplicates
+    class_names:str=None, # A JSON file of names by class folder [Imagewang's are known]
     num_workers:int=None # Worker processes [one for each core]
 ):
     "Say what is wrong with a folder of images: broken, turned, copied, odd and foreign ones; nothing is changed"
     if write_exclude and Path(write_exclude).exists(): raise FileExistsError(f"--write_exclude {write_exclude} exists, and is not written over: name another file.")
     if out and [o for o in ('doctor.html','doctor.json') if (Path(out)/o).exists()]: raise FileExistsError(f"--out {out} holds a report already, which is not written over: name another folder.")
-    if out: Path(out).mkdir(parents=True, exist_ok=True)
+    if num_workers is not None and num_workers<0: raise ValueError(f"--num_workers {num_workers} must be 0 or more.")
+    for o,option in ((out,'out'),(write_exclude and Path(write_exclude).parent,'write_exclude')):
+        if o: check_writable(o, option)
+    if class_names: _check_names(class_names)
     path = get_data(data)
     r = doctor(path, train, valid, tuple(unlabeled.split(',')), exclude or (), learn=trained_learner(run, path) if run else None, num_workers=num_workers)
     print(report_table(r))
-    if out: write_html(r, Path(out)/'doctor.html'); write_findings(r, Path(out)/'doctor.json'); print(f'Images: {out}/doctor.html; every file by name: {out}/doctor.json')
+    for o in filter(None, (out, write_exclude and Path(write_exclude).parent)): Path(o).mkdir(parents=True, exist_ok=True)
+    if out: write_html(r, Path(out)/'doctor.html', names=class_names); write_findings(r, Path(out)/'doctor.json'); print(f'Images: {out}/doctor.html; every file by name: {out}/doctor.json')
     if write_exclude: print(f'{write_exclude_list(r, write_exclude):,} files listed in {write_exclude}')
 
 def doctor_command(args=None):

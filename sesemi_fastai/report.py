@@ -168,7 +168,7 @@ imagewang_classes = dict(n02086240='Shih-Tzu', n02087394='Rhodesian ridgeback', 
                          n02096294='Australian terrier', n02099601='Golden retriever', n02105641='Old English sheepdog', n02111889='Samoyed', n02115641='Dingo')
 
 def class_names(
-    vocab, # Names of class folders
+    vocab, # Names of class folders; with none, only `file` is looked at
     file:str|Path=None # A JSON file of names by class folder; Imagewang's are known without
 )->list: # One for each of `vocab`, its own where there is no other
     "Readable names of classes; raises `ValueError` where `file` isn't such a file or names none of them"
@@ -177,5 +177,5 @@ def class_names(
         try: names = json.loads(Path(file).expanduser().read_text(encoding='utf-8'))
         except (ValueError, OSError) as e: raise ValueError(f"class_names={printable(file)} can't be read ({getattr(e,'strerror',None) or 'no JSON'}): pass a JSON file of names by class folder, such as {{\"n02088364\": \"Beagle\"}}.") from None
         if not isinstance(names, dict) or not all(isinstance(o, str) for o in names.values()): raise ValueError(f"class_names={printable(file)} is no JSON object of names by class folder, such as {{\"n02088364\": \"Beagle\"}}.")
-        if not any(o in names for o in vocab): raise ValueError(f"class_names={printable(file)} names none of the classes {', '.join(map(printable, list(vocab)[:5]))}: use the names of the class folders as keys.")
+        if vocab and not any(o in names for o in vocab): raise ValueError(f"class_names={printable(file)} names none of the classes {', '.join(map(printable, list(vocab)[:5]))}: use the names of the class folders as keys.")
     return [names.get(o, o) for o in vocab]
