@@ -163,7 +163,8 @@ def new_folder(
     except BaseException:
         if made and not _worth_keeping(folder):
             (folder/'history.csv').unlink(missing_ok=True)
-            for o in [o for o in (folder/'resume',*made) if o.is_dir() and not any(o.iterdir())]: o.rmdir()
+            for o in (folder/'resume',*made):
+                if o.is_dir() and not any(o.iterdir()): o.rmdir()
         raise
 
 def _worth_keeping(folder):
