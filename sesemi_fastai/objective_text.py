@@ -8,10 +8,12 @@ __all__ = ['named_objectives', 'parse_objectives', 'objective_text', 'make_objec
 # %% ../nbs/13b_objective_text.ipynb #229eccfd
 from fastai.vision.all import *
 import ast
-from .callback import *
+from .pretext import *
+from .prediction import *
+from .embedding import *
 
 # %% ../nbs/13b_objective_text.ipynb #065f56f7
-named_objectives = dict(rotation=RotationPretext)
+named_objectives = {o.name:o for o in (RotationPretext,JigsawPretext,EntropyMin,PseudoLabel,PiModel,MeanTeacher,VAT,FixMatch,BarlowTwins)}
 
 # %% ../nbs/13b_objective_text.ipynb #3fbe9f86
 def _value(node):
@@ -68,8 +70,8 @@ def make_objectives(
 def passes_per_image(
     objectives # Callbacks
 )->float:
-    "Image passes for each unlabelled image of a step, forward and backward; one that is only forward counts a third"
-    return sum(getattr(o,'passes_per_image',4.) for o in objectives)
+    "Image passes for each unlabelled image of a step, forward and backward; one that is only forward counts a third, one that two objectives share counts for each"
+    return sum(o.passes_per_image for o in objectives)
 
 def make_ema(
     decay:float # In 0..1

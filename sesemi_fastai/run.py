@@ -21,7 +21,7 @@ from .data import *
 from .step import *
 from .learner import *
 from .augment import *
-from .callback import *
+from .samples import *
 from .schedule import *
 from .checkpoint import *
 from .resume import *
@@ -224,7 +224,7 @@ def _results(cfg, learn, dls, seconds, baseline):
     "What `results.json` holds"
     n,bs,acc = dls.steps_per_epoch(cfg.processes),dls.train.bs*cfg.processes,learn.recorder.values[-1][2]
     if cfg.processes>1: acc = learn.validate()[1]   # each image once, where the epoch's share was filled up
-    total,chance = n*cfg.epochs,{k:v for o in cfg.objectives() for k,v in getattr(o,'chance',{}).items()}
+    total,chance = n*cfg.epochs,{f'{o.name}_{o.figure}':o.chance for o in cfg.objectives() if o.chance is not None}
     return asdict(cfg)|dict(accuracy=100*acc, steps=total, steps_per_epoch=n, baseline=baseline, bs=bs, processes=cfg.processes, image_passes=round(total*cfg.passes_per_step(bs, baseline)),
         counts=image_counts(dls), classes=list(map(printable, dls.vocab)), chance=dict(accuracy=1/len(dls.vocab))|chance, bad_images=[(printable(p),w) for p,w in dls.bad_images], seconds=round(seconds, 1), versions=versions(), commit=_commit(), settings=cfg.settings(baseline))
 
