@@ -12,7 +12,6 @@ import statistics
 from .images import *
 from .data import *
 from .features import *
-from .features import _eval_mode
 from .unlabeled import *
 from .pretext import *
 from .duplicates import *
@@ -110,7 +109,7 @@ def ask_network(
     dl = learn.dls.test_dl(files, bs=bs, num_workers=ifnone(num_workers, learn.dls.valid.fake_l.num_workers))
     device,feats,turns = first(model.parameters()).device,[],[]
     feature_layer = cb.feature_layer if cb else find_feature_layer(model, first(dl)[0][:2].as_subclass(Tensor).to(device))
-    with _eval_mode(model):
+    with eval_mode(model):
         for b in dl:
             x = b[0].as_subclass(Tensor).to(device)
             f = feature_layer(model, rotations(x)[0] if cb else x)
