@@ -166,7 +166,9 @@ class BoundBatch:
         objective:UnlabeledObjective, # That reads it
         task:str='single', # See `task_of`
         learning:bool=True # Whether gradients are wanted: not at weight 0
-    ): store_attr()
+    ):
+        store_attr()
+        self.outputs = None # Of the last pass that was read by `classes`
     def view(self, view):
         "The view, made once for all objectives"
         return self.batch.view(view)
@@ -175,7 +177,8 @@ class BoundBatch:
         return self.batch.differentiable(view, o.bn, o.backward) if self.learning else self.batch.without_gradient(view, o.bn)
     def classes(self, view)->Tensor: # `(N,n_out)`
         "The model's output for one of the objective's `views`, in training mode, with gradients"
-        return self._pass(view)[1]
+        self.outputs = self._pass(view)[1]
+        return self.outputs
     def features(self, view)->Tensor: # `(N,n_features)`
         "The model's pooled features for one of the objective's `views`, with gradients"
         return self._pass(view)[0]
