@@ -4,7 +4,7 @@ import numpy as np,pytest,torch
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.transforms import v2
-from fastai.vision.all import Normalize,RandomErasing,Rotate,TfmdDL,TensorImage,aug_transforms,imagenet_stats
+from fastai.vision.all import Normalize,RandomErasing,Rotate,TfmdDL,TensorImage,Transform,imagenet_stats
 from sesemi_fastai.strong import *
 
 mean,std = imagenet_stats
@@ -85,6 +85,12 @@ def test_users_own():
     f = as_strong(RandomErasing(p=1., sl=.1), [dl]); torch.manual_seed(0); a = f(x); random.seed(3); np.random.seed(3); state = random.getstate()
     torch.manual_seed(0); assert torch.equal(a, f(x)) and random.getstate()==state
     boxes = {tuple((o!=p).any(0).nonzero()[0].tolist()) for o,p in zip(a,x)}; assert len(boxes)>4
+    assert (a-x)[a!=x].std()<1.8     # noise of deviation 1 in the normalised space
+    dims = []
+    class Dims(Transform):
+        def encodes(self, o:TensorImage): dims.append(o.shape); return o
+    as_strong(Dims(), [dl])(x); assert dims==[(1,3,24,24)]*8
+    del seen[:]; as_strong([look], [dl])(9*x); assert all(-1e-6<=lo and hi<=1+1e-6 for _,lo,hi in seen)
     g = lambda o: o.flip(-1); assert as_strong(g) is g
     with pytest.raises(ValueError, match='must keep the size'): as_strong(v2.CenterCrop(8))(x)
     with pytest.raises(ValueError, match='no transform'): as_strong([3])
