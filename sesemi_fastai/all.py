@@ -22,7 +22,11 @@ from .step import *
 from .learner import *
 from .report import *
 from .checkpoint import *
+from .settings import *
+from .state import *
+from .signals import *
 from .resume import *
+from .progress import *
 from .run import *
 from .imagewang import *
 from .duplicates import *

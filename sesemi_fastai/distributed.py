@@ -60,6 +60,7 @@ class ShardedDL(DistributedDL):
 
     def __len__(self): return super().__len__() if self.n_steps is None else self.n_steps
     def get_idxs(self): return super().get_idxs() if self.n_steps is None else self.dl.samples(self.n_steps, self.rank, self.world_size)
+    def wif(self): self.dl.wif()
     def _broadcast(self, t, rank):
         t = LongTensor(t).to(self.device)
         torch.distributed.broadcast(t, rank)

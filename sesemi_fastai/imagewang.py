@@ -22,7 +22,7 @@ from .callback import *
 from .step import *
 from .learner import *
 from .run import *
-from .resume import TrainingStopped
+from .signals import TrainingStopped
 from .report import *
 
 # %% ../nbs/16_imagewang.ipynb #834f177c
