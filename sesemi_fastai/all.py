@@ -22,9 +22,7 @@ from .step import *
 from .learner import *
 from .report import *
 from .checkpoint import *
-from .settings import *
-from .state import *
-from .signals import *
+from .signals import TrainingStopped
 from .resume import *
 from .progress import *
 from .run import *

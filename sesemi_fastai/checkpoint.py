@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NotPlainError', 'Packed', 'pack_state', 'unpack_state', 'CheckpointError', 'write_checkpoint', 'is_checkpoint',
-           'read_checkpoint', 'lock_folder']
+           'read_checkpoint', 'lock_folder', 'checkpoint_name', 'fit_checkpoints', 'newest_checkpoint']
 
 # %% ../nbs/13_checkpoint.ipynb #13a00003
 from fastai.vision.all import *
@@ -12,6 +12,7 @@ import io,hashlib,torch
 from collections import Counter,deque
 from datetime import date,datetime,timedelta
 from filelock import FileLock,Timeout
+from .distributed import *
 
 # %% ../nbs/13_checkpoint.ipynb #13a10001
 class NotPlainError(TypeError): "A value that `pack_state` can't take; its text names the type"
@@ -145,3 +146,38 @@ def lock_folder(
     except OSError as e: raise PermissionError(f"The folder for checkpoints, {folder}, can't be written ({e.strerror}): name another one.") from None
     for o in folder.glob('.*.ckpt.*part'): o.unlink(missing_ok=True)
     return lock
+
+# %% ../nbs/13_checkpoint.ipynb #13a10008
+def checkpoint_name(
+    fit:int, # Which fit of its Learner, from 0
+    step:int, # Steps of the fit that are done
+    done:bool=False # Whether the fit has ended
+)->str:
+    "Name of a checkpoint of this process"
+    return f"fit-{fit}-step-{step:09d}{'-end'*done}{f'-rank{rank_distrib()}' if rank_distrib() else ''}.ckpt"
+
+def _step(path): return path.stem.partition('-rank')[0]   # a fit's end comes after the last step
+
+def fit_checkpoints(
+    folder:Path, # For checkpoints
+    fit:int # Which fit
+)->list: # Of `Path`, the newest last
+    "Checkpoints of this fit and process"
+    rank = str(rank_distrib() or '')
+    return sorted((o for o in folder.glob(f'fit-{fit}-step-*.ckpt') if o.stem.partition('-rank')[2]==rank), key=_step)
+
+def newest_checkpoint(
+    folder:Path, # For checkpoints
+    fit:int # Which fit
+)->tuple: # State and path, or two None
+    "The newest checkpoint that is whole, and that all processes have; raises `CheckpointError` where there are some and none can be used"
+    whole,refused = {},0
+    for path in reversed(fit_checkpoints(folder, fit)):
+        try: whole[_step(path)] = read_checkpoint(path),path
+        except CheckpointError as e: refused += 1; print(f"{e}: it is left alone, the one before it is used.", flush=True)
+        if whole and num_distrib()<2: break
+    shared = set.intersection(*map(set, from_all(list(whole))))
+    if shared: return whole[max(shared)]
+    # processes that were killed at their first save can have one checkpoint that the others lack, and none before it
+    if any(from_all(refused or len(whole)>1)): raise CheckpointError(f"None of the checkpoints in {folder} can be used: name another folder to train from the start.")
+    return None,None

@@ -145,7 +145,7 @@ def _begin(self:ResumeTraining, frame):
         fit.settings = run_settings(learn, (self,self._first))|self._settings
         errors = [o for o in from_all(self._take_folder(fit)) if o]
         if errors: raise errors[0]
-        state,path = self._newest()
+        state,path = newest_checkpoint(self._folder, fit.number)
         if state is not None: self._accept(state, path)
         fit.stop = StopSignals(frame, self._stop_now); fit.stop.install()
     except BaseException: self._end(); raise
@@ -190,28 +190,6 @@ def before_train(self:ResumeTraining):
 
 # %% ../nbs/13d_resume.ipynb #13a00030
 @patch
-def _newest(self:ResumeTraining)->tuple: # State and path, or two None
-    "The newest checkpoint of this fit that is whole, and that all processes have"
-    whole,refused = {},0
-    for path in reversed(self._paths()):
-        try: whole[_step(path)] = read_checkpoint(path),path
-        except CheckpointError as e: refused += 1; print(f"{e}: it is left alone, the one before it is used.", flush=True)
-        if whole and num_distrib()<2: break
-    shared = set.intersection(*map(set, from_all(list(whole))))
-    if shared: return whole[max(shared)]
-    # processes that were killed at their first save can have one checkpoint that the others lack, and none before it
-    if any(from_all(refused or len(whole)>1)): raise CheckpointError(f"None of the checkpoints in {self._folder} can be used: name another folder to train from the start.")
-    return None,None
-
-def _step(path): return path.stem.partition('-rank')[0]   # a fit's end comes after the last step
-
-@patch
-def _paths(self:ResumeTraining):
-    "Checkpoints of this fit and process, the newest last"
-    rank = str(rank_distrib() or '')
-    return sorted((o for o in self._folder.glob(f'fit-{self._fit.number}-step-*.ckpt') if o.stem.partition('-rank')[2]==rank), key=_step)
-
-@patch
 def _note(self:ResumeTraining, step, **kwargs):
     "All that it takes to go on from here, as a copy; says once what can't be kept"
     fit,recorder = self._fit,getattr(self.learn,'recorder',None)
@@ -228,8 +206,8 @@ def _save(self:ResumeTraining)->bool: # Whether it could be written
     fit,at = self._fit,self._fit.last
     step = at.train_iter
     try:
-        write_checkpoint(self._folder/f"fit-{fit.number}-step-{step:09d}{'-end'*at.done}{f'-rank{rank_distrib()}' if rank_distrib() else ''}.ckpt", at.packed)
-        for o in [o for o in self._paths() if is_checkpoint(o)][:-2]: o.unlink()
+        write_checkpoint(self._folder/checkpoint_name(fit.number, step, at.done), at.packed)
+        for o in [o for o in fit_checkpoints(self._folder, fit.number) if is_checkpoint(o)][:-2]: o.unlink()
         fit.saved = time.time(),step
         return True
     except OSError as e:

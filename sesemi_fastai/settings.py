@@ -112,8 +112,11 @@ def _layer(m, inner):
     attrs = {k:inner(v) for k,v in sorted(constructed_with(m).items()) if not k.startswith('_') and not isinstance(v, (nn.Module,Tensor))}
     return f'{type(m).__name__}({m.extra_repr()})'+(f' {attrs}' if attrs else '')
 def _describe_module(m, inner):
-    res = {n or 'module':_layer(o, inner) for n,o in m.named_modules()}
-    return res if next(m.parameters(),None) is not None else res|{n:_describe_array(b) for n,b in m.named_buffers()}
+    "A loss, or a transform of torchvision's"
+    res = {'':type(m).__name__} | {k:inner(v) for k,v in sorted(constructed_with(m).items()) if not k.startswith('_') and not isinstance(v, nn.Parameter)}
+    if len(m.extra_repr())<200: res['shows'] = m.extra_repr()
+    res |= {n:inner(o) for n,o in m.named_children()}
+    return res if next(m.parameters(),None) is not None else res|{n:_describe_array(b) for n,b in m.named_buffers(recurse=False)}
 
 # %% ../nbs/13a_settings.ipynb #13c00010
 def _spread(n, most): return range(n) if n<=most else np.linspace(0, n-1, most).round().astype(int).tolist()

@@ -46,6 +46,7 @@ def get_state(
     if not hasattr(o,'__dict__'): _cant(o)
     try: object.__reduce_ex__(o, 2)   # raises where there is state that Python doesn't see
     except Exception: _cant(o)
+    if any(isinstance(getattr(type(o),k,None), property) for k in vars(o)): _cant(o)   # shows one thing and holds another
     return {'attrs':{k:s for k,v in vars(o).items() if not k.startswith('__') and (s := inner(v)) is not None}}
 
 def _cant(o): raise NotPlainError(f'a {type(o).__name__}')
@@ -71,7 +72,7 @@ def set_state(
             new = v if s is None else set_state(v, s)
             if new is not v: o[i] = new
     elif how=='attrs' and hasattr(o,'__dict__'):
-        for k,s in x.items(): object.__setattr__(o, k, set_state(vars(o).get(k), s))
+        for k,s in x.items(): vars(o)[k] = set_state(vars(o).get(k), s)
     else: raise NotPlainError(f'{how} for a {type(o).__name__}')
     return o
 
@@ -96,6 +97,8 @@ _left_out = {   # by class, whose subclasses are meant too: attributes that hold
     'CSVLogger': dict(file='an open file, which a resumed fit writes anew'),
     'TensorBoardBaseCallback': dict(writer='a log, which goes on behind what it has'),
     'MixedPrecision': dict(autocast='a context, made anew by each fit'),
+    'DistributedTrainer': dict(accelerator='the processes, not the training', old_dls='the loaders before it wrapped them', dl='a loader'),
+    'ParallelTrainer': dict(device_ids='devices'),
 }
 
 def _names(cb): return {n for c in type(cb).__mro__ for n in _left_out.get(c.__name__, ())}
