@@ -36,8 +36,10 @@ from .learner import *
 from .report import *
 from .run_report import *
 from .checkpoint import *
+from .signals import TrainingStopped
 from .resume import *
 from .objective_text import *
+from .progress import *
 from .run import *
 from .imagewang import *
 from .duplicates import *
