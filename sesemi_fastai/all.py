@@ -13,6 +13,7 @@ from .streams import *
 from .distributed import *
 from .folders import *
 from .data import *
+from .probe import *
 from .samples import *
 from .features import *
 from .batchnorm import *
