@@ -11,6 +11,7 @@ from .augment import *
 from .cache import *
 from .streams import *
 from .distributed import *
+from .folders import *
 from .data import *
 from .samples import *
 from .features import *
@@ -20,6 +21,9 @@ from .randomness import *
 from .passes import *
 from .objective import *
 from .unlabeled import *
+from .losses import *
+from .weighting import *
+from .strong import *
 from .pretext import *
 from .prediction import *
 from .embedding import *
