@@ -492,8 +492,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'sesemi_fastai/objective_text.py'),
                                               'sesemi_fastai.objective_text._value': ( 'objective_text.html#_value',
                                                                                        'sesemi_fastai/objective_text.py'),
-                                              'sesemi_fastai.objective_text.make_ema': ( 'objective_text.html#make_ema',
-                                                                                         'sesemi_fastai/objective_text.py'),
                                               'sesemi_fastai.objective_text.make_objectives': ( 'objective_text.html#make_objectives',
                                                                                                 'sesemi_fastai/objective_text.py'),
                                               'sesemi_fastai.objective_text.objective_text': ( 'objective_text.html#objective_text',

@@ -27,6 +27,7 @@ from .settings import *
 from .progress import *
 from .resume import *
 from .objective_text import *
+from .ema import EMA
 
 # %% ../nbs/14_run.ipynb #1cdf42b7
 @dataclass
@@ -182,7 +183,7 @@ def train_run(
     if plain:
         learn.remove_cb(ProgressCallback)
         if first_process: learn.add_cb(PlainProgress())
-    cbs = [saver, StopDiverged(), *([CSVLogger(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [make_ema(cfg.ema)])]
+    cbs = [saver, StopDiverged(), *([CSVLogger(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
         try:
             with on_processes(learn, sync_bn=cfg.bn_groups==1): learn.fit_poly_warmup(cfg.epochs, cfg.lr, warmup_epochs=cfg.warmup_epochs, cbs=cbs)
