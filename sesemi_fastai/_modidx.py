@@ -934,6 +934,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sesemi_fastai.streams.LoaderOrder.__init__': ( 'streams.html#loaderorder.__init__',
                                                                                        'sesemi_fastai/streams.py'),
                                        'sesemi_fastai.streams.StreamDL': ('streams.html#streamdl', 'sesemi_fastai/streams.py'),
+                                       'sesemi_fastai.streams.StreamDL.__getstate__': ( 'streams.html#streamdl.__getstate__',
+                                                                                        'sesemi_fastai/streams.py'),
                                        'sesemi_fastai.streams.StreamDL.__init__': ( 'streams.html#streamdl.__init__',
                                                                                     'sesemi_fastai/streams.py'),
                                        'sesemi_fastai.streams.StreamDL.__iter__': ( 'streams.html#streamdl.__iter__',

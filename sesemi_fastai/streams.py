@@ -261,6 +261,10 @@ class StreamDL(TfmdDL):
             b = self.do_batch([self.do_item(i*self.n if self.shuffle else 0) for i in range(n)])
             return self.after_batch(to_device(b, self.device) if self.device else b)
 
+    def __getstate__(self):
+        "Without the iterator of a pass that isn't over, which can't be duplicated"
+        return {k:v for k,v in vars(self).items() if k!='it'}
+
 # %% ../nbs/03_streams.ipynb #5a3e0002
 def steady_worker():
     "Let this worker process outlast Ctrl-C and the first SIGTERM that doesn't come from the process that started it"
