@@ -8,7 +8,7 @@ __all__ = ['PlainProgress']
 # %% ../nbs/13e_progress.ipynb #13g00003
 from fastai.vision.all import *
 from fastprogress.fastprogress import format_time
-from .callback import _Ephemeral as TransientCallback
+from .transient import *
 
 # %% ../nbs/13e_progress.ipynb #ae0e5f1a
 class PlainProgress(TransientCallback):

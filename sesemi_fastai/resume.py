@@ -14,7 +14,7 @@ from .checkpoint import *
 from .settings import *
 from .state import *
 from .signals import *
-from .callback import _Ephemeral as TransientCallback
+from .transient import *
 
 # %% ../nbs/13d_resume.ipynb #13a00018
 def _every(every):

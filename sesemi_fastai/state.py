@@ -195,7 +195,7 @@ def set_rng_states(
 # %% ../nbs/13b_state.ipynb #13a00013
 def _streams(learn): return [o for o in map(whole_dl, learn.dls.loaders) if isinstance(o, StreamDL)]
 def _taken(learn):
-    step = getattr(learn,'unlabeled_step',None) or getattr(learn,'pretext',None)
+    step = getattr(learn,'unlabeled_step',None)
     return getattr(step,'n_taken',0)
 
 def get_progress(

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from fastai.vision.all import Callback,ProgressCallback,noop,params
 import sesemi_fastai.checkpoint as checkpoint
-from sesemi_fastai.all import ResumeTraining,RotationPretext,RunConfig,TrainingStopped,local_first,on_processes
+from sesemi_fastai.all import ResumeTraining,RotationPretext,RunConfig,TrainingStopped
+from sesemi_fastai.distributed import local_first,on_processes
 
 EPOCHS,STEPS = 2,5
 PLACES = ['after_loss','before_step','after_batch','before_validate','validation','after_epoch','writing']
