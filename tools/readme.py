@@ -102,7 +102,7 @@ def with_tables(text, tables):
 
 if __name__=='__main__':
     texts,(acc,said) = {},accuracies()
-    for name,*tables in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks(),f'{acc}\n\n{said}'), ('index',baselines(),f'{faster()}\n\n{said}')):
+    for name,*tables in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13d_resume',kills()), ('fast',benchmarks(),f'{acc}\n\n{said}'), ('index',baselines(),f'{faster()}\n\n{said}')):
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
     for path,text in texts.items():
