@@ -1,10 +1,23 @@
 "Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings and results of tests; `--check` only compares"
 import ast,json,re,statistics,sys
+from configparser import ConfigParser
 from pathlib import Path
 import nbformat
 
 root = Path(__file__).parent.parent
+_parser = ConfigParser(delimiters=['=']); _parser.read(root/'settings.ini', encoding='utf-8')
+cfg = _parser['DEFAULT']
 results = root/'tests/benchmarks/results'
+
+def with_settings(
+    text:str, # Markdown
+    parts:bool=False # Whether it is a whole page, of which each paragraph is looked at
+)->str|None: # The text, or None where what it needs isn't set
+    "Fills in `{{name}}` from settings.ini; a text that begins with `<!-- needs name -->` is left out where that is empty"
+    if parts: return '\n\n'.join(o for p in text.split('\n\n') if (o := with_settings(p)) is not None)
+    m = re.match(r'<!-- needs (\w+) -->\n?', text)
+    if m and not cfg.get(m[1]): return None
+    return re.sub(r'\{\{(\w+)\}\}', lambda o: cfg[o[1]], text[m.end():] if m else text)
 
 def render(index):
     "Markdown of the index notebook's text: its prose, and its code cells as Python"
@@ -12,7 +25,8 @@ def render(index):
     for c in nbformat.reads(index, 4).cells:
         src = c.source.strip()
         if re.search(r'^#\|\s*(hide|include:\s*false|echo:\s*false)', src, re.M): continue
-        src = re.sub(r'^(#\|.*|<!-- (table|end) -->)\n?', '', src, flags=re.M).strip()
+        src = with_settings(src) if c.cell_type=='markdown' else src
+        src = re.sub(r'^(#\|.*|<!-- (table|end) -->)\n?', '', src or '', flags=re.M).strip()
         if not src: continue
         parts.append(src if c.cell_type=='markdown' else f'```python\n{src}\n```')
     text = '\n\n'.join(parts)+'\n'
