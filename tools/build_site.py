@@ -193,6 +193,7 @@ def config(texts):
     conf = yaml.safe_load((nbs/'_quarto.yml').read_text(encoding='utf-8'))
     def expand(o):
         if isinstance(o, dict): return {k:expand(v) for k,v in o.items()}
+        if isinstance(o, str) and o in texts: return staged(o)
         if not isinstance(o, list): return o
         mods = [{'text':_numbered.match(k)[1],'href':staged(k)} for k in texts if _numbered.match(k)]
         return sum(([*mods] if c=='[0-9]*.ipynb' else [expand(c)] for c in o), [])
