@@ -12,9 +12,15 @@ from .cache import *
 from .streams import *
 from .distributed import *
 from .data import *
-from .objectives import *
+from .samples import *
 from .features import *
-from .callback import *
+from .batchnorm import *
+from .transient import *
+from .randomness import *
+from .passes import *
+from .objective import *
+from .unlabeled import *
+from .pretext import *
 from .show import *
 from .optimizer import *
 from .schedule import *

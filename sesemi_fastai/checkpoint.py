@@ -130,7 +130,7 @@ def get_progress(
     step:int # Steps of this epoch that are done
 )->dict: # Plain
     "Position, generators, and the public plain values of callbacks and metrics"
-    taken = dict(labeled=step, unlabeled=learn.pretext.n_taken if hasattr(learn,'pretext') else 0)
+    taken = dict(labeled=step, unlabeled=learn.unlabeled_step.n_taken if hasattr(learn,'unlabeled_step') else 0)
     elapsed = time.time()-learn.recorder.start_epoch if hasattr(learn,'recorder') else 0.
     return dict(epoch=learn.epoch, step=step, pct_train=learn.pct_train, train_iter=learn.train_iter, rng=rng_states(), elapsed=elapsed,
         streams={dl.stream:(dl.epoch-(taken[dl.stream]>0), taken[dl.stream]) for dl in _streams(learn)},

@@ -11,10 +11,10 @@ from dataclasses import dataclass,field
 import statistics
 from .images import *
 from .data import *
-from .objectives import *
 from .features import *
 from .features import _eval_mode
-from .callback import *
+from .unlabeled import *
+from .pretext import *
 from .duplicates import *
 
 # %% ../nbs/15a_doctor.ipynb #a89c8db1

@@ -18,7 +18,9 @@ from .images import *
 from .augment import *
 from .distributed import *
 from .data import *
-from .callback import *
+from .samples import *
+from .unlabeled import *
+from .pretext import *
 from .step import *
 from .learner import *
 from .run import *

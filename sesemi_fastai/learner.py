@@ -10,8 +10,10 @@ from fastai.vision.all import *
 from torchvision.models import resnet,get_model_builder
 from .data import *
 from .features import *
-from .callback import *
-from .callback import _sample
+from .samples import *
+from .randomness import *
+from .batchnorm import *
+from .unlabeled import *
 from .optimizer import *
 from .step import *
 
@@ -23,11 +25,11 @@ def replace_classifier(
     dropout:float=.5 # Rate before the new classifier; 0 for none
 )->nn.Module: # `model`, changed in place
     "Give `model` a new last `Linear` with `n_out` outputs, after a `Dropout`"
-    feature_layer = find_feature_layer(model, x)
-    new = nn.Linear(feature_layer.width, n_out)
-    if isinstance(feature_layer.module, nn.Dropout): feature_layer.module.p = dropout
+    layer = find_feature_layer(model, x)
+    new,last = nn.Linear(layer.width, n_out),layer.module(model)
+    if isinstance(last, nn.Dropout): last.p = dropout
     elif dropout: new = nn.Sequential(nn.Dropout(dropout), new)
-    name = next(n for n,m in model.named_modules() if m is feature_layer.linear)
+    name = next(n for n,m in model.named_modules() if m is layer.linear)
     *parent,child = name.split('.')
     setattr(model.get_submodule('.'.join(parent)), child, new)
     return model
@@ -57,6 +59,6 @@ def sesemi_learner(
     **kwargs
 )->Learner:
     "A `Learner` as in the published SESEMI runs; `fit_poly_warmup` with `RotationPretext` completes it"
-    x = _sample(dls.train).as_subclass(Tensor)
+    x = sample_inputs(dls.train).as_subclass(Tensor)
     model = replace_classifier(arch(), x.cpu(), get_c(dls), dropout)
     return Learner(dls, model, opt_func=opt_func, wd_bn_bias=wd_bn_bias, cbs=L(StepSeed(), ShardStreams())+L(BatchNormGroups(bn_groups) if bn_groups!=1 else None)+native_cbs(dls, L(cbs))+L(cbs), **kwargs)

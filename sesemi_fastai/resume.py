@@ -13,7 +13,7 @@ from .streams import *
 from .distributed import *
 from .checkpoint import *
 from .checkpoint import _named,_public
-from .callback import _Ephemeral
+from .transient import *
 
 # %% ../nbs/13a_resume.ipynb #13a00015
 def versions()->dict:
@@ -70,7 +70,7 @@ def _every(every):
         raise ValueError(f"every={every!r} isn't understood: use a number of steps, or '500 steps', '2 epochs' or '10 minutes'.")
     return n,unit
 
-class ResumeTraining(_Ephemeral):
+class ResumeTraining(TransientCallback):
     "Save all that training depends on, and go on from there when the same fit is run again; needs `PairedDataLoaders`"
     order = 200
     def __init__(self,

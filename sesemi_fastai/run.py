@@ -18,7 +18,9 @@ from .distributed import *
 from .data import *
 from .step import *
 from .learner import *
-from .callback import *
+from .samples import *
+from .unlabeled import *
+from .pretext import *
 from .schedule import *
 from .checkpoint import *
 from .resume import *
