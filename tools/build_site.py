@@ -132,6 +132,7 @@ def linked(text, src, index, texts):
     def target(m):
         if re.match(r'[a-z]+:|#|/', m[1]): return m[0]
         path,_,anchor = m[1].partition('#'); full = posixpath.normpath(posixpath.join(posixpath.dirname(src), path))
+        full = also.get(posixpath.basename(full), full) if src in also.values() else full
         if full.endswith('.html'): full = next((k for k in (full[:-5]+'.ipynb', full[:-5]+'.md', pages.get('api/'+full[:-5]), pages.get(full[:-5])) if k in texts), full)
         return f"]({_rel(page, staged(full))}{'#' if anchor else ''}{anchor})" if full in texts else m[0]
     out,fence = [],False

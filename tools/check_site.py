@@ -98,15 +98,15 @@ def check_texts(pages, staged):
             if t and t not in found: yield f"{name}: lost text '{' '.join(o.split())[:80]}' near '{_near(t, found)}'"
 
 def calls(code):
-    "Calls in Python code, as (last part of the name, call); none where it doesn't parse"
+    "Calls in Python code, as (name, call), `learn` being a `Learner`; none where it doesn't parse"
     try: tree = ast.parse(code)
     except SyntaxError: return
     for o in ast.walk(tree):
-        if isinstance(o, ast.Call) and isinstance(o.func,(ast.Name,ast.Attribute)): yield getattr(o.func,'id',None) or o.func.attr,o
+        if isinstance(o, ast.Call) and isinstance(o.func,(ast.Name,ast.Attribute)): yield ast.unparse(o.func).replace('learn.','Learner.',1),o
 
 def check_calls(staged, index):
     "Calls of public names, in code that isn't executed and in text, with arguments that those don't take"
-    objs = {k.split('.')[-1]:o for k,(_,o) in index.items() if callable(o)}
+    objs = {k:o for k,(_,o) in index.items() if callable(o)}
     for src in sorted(staged.rglob('*')):
         if src.suffix not in ('.md','.ipynb'): continue
         cells = [(c.cell_type,c.source) for c in nbformat.read(src,4).cells] if src.suffix=='.ipynb' else [('markdown',src.read_text(encoding='utf-8'))]

@@ -17,8 +17,8 @@ def effect(folder=root/'tests/benchmarks/results/imagewang-80', to=root/'nbs/ima
             last = [*last,ys[-1]] if k else [ys[-1]]
         ax.annotate(f"{sum(last)/len(last):.1f} %", (xs[-1],sum(last)/len(last)), xytext=(8,-4), textcoords='offset points', color=color)
     ax.axhline(10, color='gray', lw=.8, ls=':'); ax.text(xs[0], 10.6, 'chance', color='gray', fontsize=8)
-    ax.set(xlabel='training steps', ylabel='validation accuracy, %', title='Imagewang at 64 px, ResNet-18, 1,275 labelled images; two seeds and their mean', xlim=(None,xs[-1]*1.08), ylim=(8,50))
-    ax.legend(loc='lower right', frameon=False, fontsize=9); ax.spines[['top','right']].set_visible(False)
+    ax.set(xlabel='training steps', ylabel='validation accuracy, %', title='Imagewang at 64 px, 1,275 labelled images: two seeds, their mean', xlim=(None,xs[-1]*1.08), ylim=(8,50))
+    ax.title.set_size(11); ax.legend(loc='lower right', frameon=False, fontsize=9); ax.spines[['top','right']].set_visible(False)
     fig.savefig(to, dpi=110); plt.close(fig)
 
 if __name__=='__main__': effect()
