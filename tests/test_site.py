@@ -1,5 +1,5 @@
 "The site builds, and nothing is broken or lost in it"
-import shutil,sys
+import re,shutil,subprocess,sys
 from pathlib import Path
 import pytest
 pytest.importorskip('smalldocs', reason='smalldocs needs Python 3.11')
@@ -42,3 +42,23 @@ def test_faults_are_found(site, tmp_path):
 def test_calls_in_text_are_checked(site, tmp_path):
     (tmp_path/'a.md').write_text('---\n---\nUse `RotationPretext(wait=2)`.\n\n```python\nlearn.fit_poly_warmup(3, lr_top=1)\n```\n')
     assert len([*check_site.check_calls(tmp_path, site[2])])==2
+
+@pytest.mark.parametrize('url', ['', 'https://example.org/me/it'])
+def test_description_renders_on_a_package_index(tmp_path, url):
+    from readme_renderer import markdown
+    for o in ('setup.py','README.md','pyproject.toml','settings.ini'): shutil.copy(root/o, tmp_path/o)
+    text = (tmp_path/'settings.ini').read_text(); (tmp_path/'settings.ini').write_text(re.sub(r'^git_url =.*', f'git_url = {url}', text, flags=re.M))
+    r = subprocess.run([sys.executable,'-W','ignore','setup.py','--long-description'], cwd=tmp_path, capture_output=True, text=True, encoding='utf-8')
+    page = markdown.render(r.stdout[r.stdout.index('# sesemi_fastai'):])
+    assert page and '<table>' in page and '<code' in page, r.stderr
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert links and all(o.startswith(('https://','#user-content-')) for o in links), links
+    assert ('<img' in page)==bool(url)
+
+def test_addresses_come_from_the_settings(monkeypatch):
+    import readme
+    index = (root/'nbs/index.ipynb').read_text(encoding='utf-8')
+    assert 'pip install git+' not in readme.render(index)
+    monkeypatch.setitem(readme.cfg, 'git_url', 'https://example.org/me/it')
+    assert 'pip install git+https://example.org/me/it' in readme.render(index)
+    assert 'https://example.org/me/it/blob/main/sesemi_fastai/' in build_site.source_link(build_site.importlib.import_module('sesemi_fastai.schedule').PolyWarmup)
