@@ -60,6 +60,9 @@ class ShardedDL(DistributedDL):
 
     def __len__(self): return super().__len__() if self.n_steps is None else self.n_steps
     def get_idxs(self): return super().get_idxs() if self.n_steps is None else self.dl.samples(self.n_steps, self.rank, self.world_size)
+    def __iter__(self):
+        if self.n_steps is None: yield from super().__iter__()
+        else: yield from seeded_batches(self.dl, super().__iter__(), self.device, *filter(None, [self.rank]))
     def _broadcast(self, t, rank):
         t = LongTensor(t).to(self.device)
         torch.distributed.broadcast(t, rank)
@@ -76,5 +79,5 @@ def shard_loaders(
     for o,state in zip(streams, from_rank0(lambda: [(o.seed,o.epoch) for o in streams])):
         o.seed,o.epoch = state
         if o.n<o.bs*world: raise ValueError(f"There are {o.n} {o.stream} images for batches of {o.bs} in {world} processes: add images, or use a smaller batch size or fewer processes.")
-    n_steps = min([o.n//(o.bs*world) for o in streams if o.stream=='unlabeled']+[len(o) for o in streams], default=None)
+    n_steps = max([o.steps(world) for o in streams], default=None)
     return [ShardedDL(o, n_steps if any(o is s for s in streams) else None, device=w.device) for o,w in zip(dls, loaders)]

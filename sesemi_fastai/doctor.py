@@ -10,10 +10,9 @@ from fastai.vision.all import *
 from dataclasses import dataclass,field
 import statistics
 from .images import *
-from .data import *
+from .folders import *
+from .samples import *
 from .features import *
-from .features import _eval_mode
-from .unlabeled import *
 from .pretext import *
 from .duplicates import *
 
@@ -100,22 +99,23 @@ def _duplicates(looks, files):
 
 # %% ../nbs/15a_doctor.ipynb #d953e883
 def ask_network(
-    learn:Learner, # Trained; with its `RotationPretext` attached the views are asked as well
+    learn:Learner, # Trained; with the `RotationPretext` it was trained with attached the views are asked as well
     files, # Images that can be read
     bs:int=64, # Images a batch
     num_workers:int=None # Processes; those of the validation loader by default
 )->tuple: # Features `(n,width)`, and how likely each image is turned by 0, 1, 2, 3 quarters `(n,4)` or None
     "Pooled features of `files`, prepared as for validation, and what the rotation head says of their four views"
-    cb,model = first(learn.cbs, lambda o: isinstance(o, RotationPretext) and isinstance(o.objective, Rotation)),learn.model
+    model = plain_model(learn.model)
+    cb = first(learn.cbs, lambda o: isinstance(o, RotationPretext) and o.trained is model)
     dl = learn.dls.test_dl(files, bs=bs, num_workers=ifnone(num_workers, learn.dls.valid.fake_l.num_workers))
     device,feats,turns = first(model.parameters()).device,[],[]
-    feature_layer = cb.feature_layer if cb else find_feature_layer(model, first(dl)[0][:2].as_subclass(Tensor).to(device))
-    with _eval_mode(model):
+    feature_layer = find_feature_layer(model, sample_inputs(dl).as_subclass(Tensor).to(device), cb.features if cb else None)
+    with eval_mode(model):
         for b in dl:
             x = b[0].as_subclass(Tensor).to(device)
             f = feature_layer(model, rotations(x)[0] if cb else x)
             if cb:
-                p = cb.pretext_head(f).float().softmax(1).view(-1,4,4)
+                p = cb.fit_heads['head'](f).float().softmax(1).view(-1,4,4)
                 turns.append(torch.stack([p[:,range(4),[(r+k)%4 for r in range(4)]].mean(1) for k in range(4)], 1).cpu())
             feats.append(f[::4 if cb else 1].float().cpu())
     return torch.cat(feats),(torch.cat(turns) if turns else None)

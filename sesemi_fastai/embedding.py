@@ -7,6 +7,7 @@ __all__ = ['BarlowTwins', 'standardised_agreement']
 
 # %% ../nbs/07f_embedding.ipynb #a27ea6ff
 from fastai.vision.all import *
+from .samples import *
 from .losses import *
 from .passes import *
 from .objective import *

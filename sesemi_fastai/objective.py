@@ -33,7 +33,8 @@ def follow_hypers(
     learn:Learner # Whose hyperparameters are taken over
 ):
     "Give `opt` the hyperparameters of the last parameter group of `learn`"
-    for k,v in learn.opt.hypers[-1].items(): opt.set_hyper(k, v)
+    if isinstance(opt, OptimWrapper): opt.opt.param_groups[0].update({k:v for k,v in learn.opt.opt.param_groups[-1].items() if k!='params'})
+    else: opt.hypers[0].update(learn.opt.hypers[-1])
 
 def step_optimizer(
     opt, # From `optimizer_like`
@@ -46,20 +47,19 @@ def step_optimizer(
     else: opt.step()
     opt.zero_grad()
 
-# %% ../nbs/07a_objective.ipynb #8c953228
-_tasks = {'single':(CrossEntropyLossFlat,FocalLossFlat,LabelSmoothingCrossEntropy,LabelSmoothingCrossEntropyFlat,nn.CrossEntropyLoss,nn.NLLLoss),
-          'multi':(BCEWithLogitsLossFlat,nn.BCEWithLogitsLoss,nn.MultiLabelSoftMarginLoss),
-          'regression':(MSELossFlat,L1LossFlat,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss)}
+# %% ../nbs/07a_objective.ipynb #1fdceeeb
+_tasks = {'single':(nn.CrossEntropyLoss,nn.NLLLoss,CrossEntropyLossFlat,FocalLossFlat,LabelSmoothingCrossEntropy,LabelSmoothingCrossEntropyFlat,F.cross_entropy,F.nll_loss),
+          'multi':(nn.BCEWithLogitsLoss,nn.MultiLabelSoftMarginLoss,F.binary_cross_entropy_with_logits),
+          'regression':(nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,F.mse_loss,F.l1_loss)}
 
 def task_of(
     loss_func, # Of a Learner
     targets=None # Of a labelled batch, which tell where the loss doesn't
 )->str: # 'single', 'multi' or 'regression'
     "What the outputs of a model trained by `loss_func` mean"
-    for f in (loss_func, getattr(loss_func,'func',None), getattr(loss_func,'crit',None), getattr(loss_func,'old_lf',None)):
+    for f in (loss_func, getattr(loss_func,'func',None), getattr(loss_func,'old_lf',None)):   # fastai's MixUp keeps the loss in `old_lf`
         for k,kinds in _tasks.items():
-            if isinstance(f, kinds) or f in kinds: return k
-    if f := {F.cross_entropy:'single', F.nll_loss:'single', F.binary_cross_entropy_with_logits:'multi', F.mse_loss:'regression', F.l1_loss:'regression'}.get(loss_func): return f
+            if getattr(f,'func',f) in kinds or type(f) in kinds: return k
     if targets is None: return 'single'
     return 'regression' if targets.is_floating_point() else 'single'
 
@@ -70,6 +70,7 @@ class UnlabeledObjective(TransientCallback):
     reads = 'classes' # What it reads of passes that it differentiates: 'classes', outputs of the model, or 'features'
     figure = 'acc'    # Name of the second column: the mean of what `loss` gives beside the loss
     tasks = ('single','multi','regression') # Kinds of targets that it can be used with
+    teacher = 'student' # Who makes targets, where there are any: 'student', the model itself, or 'ema', the averaged weights
     upright = False   # Whether its question has an answer only where images have a right way up
     chance = None     # What `figure` is when nothing is learned, where that is known
     passes_per_image = 1. # Forward and backward passes for each unlabelled image; a forward pass alone counts a third
@@ -155,7 +156,9 @@ class BoundBatch:
         objective:UnlabeledObjective, # That reads it
         task:str='single', # See `task_of`
         learning:bool=True # Whether gradients are wanted: not at weight 0
-    ): store_attr()
+    ):
+        store_attr()
+        self.outputs = None # Of the last pass that was read by `classes`
     def view(self, view):
         "The view, made once for all objectives"
         return self.batch.view(view)
@@ -164,7 +167,8 @@ class BoundBatch:
         return self.batch.differentiable(view, o.bn, o.backward) if self.learning else self.batch.without_gradient(view, o.bn)
     def classes(self, view)->Tensor: # `(N,n_out)`
         "The model's output for one of the objective's `views`, in training mode, with gradients"
-        return self._pass(view)[1]
+        self.outputs = self._pass(view)[1]
+        return self.outputs
     def features(self, view)->Tensor: # `(N,n_features)`
         "The model's pooled features for one of the objective's `views`, with gradients"
         return self._pass(view)[0]

@@ -7,6 +7,7 @@ __all__ = ['PretextObjective', 'rotations', 'random_rotations', 'RotationPretext
 
 # %% ../nbs/07c_pretext.ipynb #edf33f57
 from fastai.vision.all import *
+from .losses import *
 from .passes import *
 from .objective import *
 from .unlabeled import *
@@ -46,7 +47,8 @@ def _need_square(x):
 
 def _like(views, x):
     "`views` in the memory format of `x`"
-    return views.contiguous(memory_format=torch.channels_last) if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else views
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return views.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 def rotations(
     x:Tensor # `(B,C,H,W)`, square

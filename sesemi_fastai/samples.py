@@ -14,7 +14,8 @@ def sample_batch(
     dl # A loader of any kind
 )->tuple: # A batch of two items, transformed as for training
     "Two items as `dl` gives them, without moving any random generator"
-    if not isinstance(dl, TfmdDL): return tuple(o[:2] for o in first(dl))
+    if not isinstance(dl, TfmdDL):
+        with preserved(): return tuple(o[:2] for o in first(dl))
     with seeded(0):
         dl.before_iter()
         b = dl.do_batch([dl.do_item(0)]*2)
@@ -32,7 +33,10 @@ def sample_targets(dl): # The labels of two items, or None where there are none
 def unlabeled_dl(
     learn:Learner # Any
 ): # A loader of batches with one element
-    "The loader of unlabelled images of `learn`; raises `ValueError` where it has none"
+    "The third loader of `learn`; raises `ValueError` where it has none, or one with labels"
     dls = learn.dls
-    if len(getattr(dls,'loaders',[]))>2: return dls.loaders[2]
+    if len(getattr(dls,'loaders',[]))>2:
+        dl = dls.loaders[2]; whole = whole_dl(dl)
+        if isinstance(whole, StreamDL) or len(sample_batch(whole))==1: return dl
+        raise ValueError("The third loader of learn.dls gives labels, as a test set does, so it is not trained on: pair the data with unlabelled images by learn.dls = PairedDataLoaders.from_dls(learn.dls, items), which keeps the test set as learn.dls[3].")
     raise ValueError(f"Objectives on unlabelled images need some, and learn.dls, a {type(dls).__name__}, has none: set learn.dls = PairedDataLoaders.from_dls(learn.dls, items), or use PairedDataLoaders.from_folder.")

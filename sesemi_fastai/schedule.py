@@ -37,10 +37,12 @@ def fit_poly_warmup(self:Learner,
     **kwargs
 ):
     "Fit for `n_epoch` with linear warm-up and polynomial decay, the schedule of the published SESEMI runs"
+    if n_epoch<1: raise ValueError(f"n_epoch={n_epoch} must be 1 or more.")
     if warmup_epochs is None: warmup_epochs = min(10, n_epoch/8)
     if not 0<=warmup_epochs<=n_epoch: raise ValueError(f"warmup_epochs={warmup_epochs} must be between 0 and n_epoch={n_epoch}.")
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', lr_max)
     lrs = [h['lr'] for h in self.opt.hypers]
+    if not all(math.isfinite(o) and o>=0 for o in lrs): raise ValueError(f"lr_max={lr_max} must be finite and 0 or more.")
     sched = PolyWarmup(lrs[0] if len(set(lrs))==1 else np.array(lrs), lr_warmup, warmup_epochs/n_epoch, power)
     self.fit(n_epoch, cbs=ParamScheduler({'lr':sched})+L(cbs), **kwargs)

@@ -28,7 +28,7 @@ def _show(images, titles, colors=None, ncols=None, **kwargs):
     "Images with titles"
     for i,(ax,x) in enumerate(zip(get_grid(len(images), ncols=ncols, **kwargs), images)):
         show_image(x, ctx=ax)
-        ax.set_title(titles[i], color=colors[i] if colors else None)
+        ax.set_title(titles[i], color=colors[i] if colors else 'black')
 
 @patch
 def titled_views(self:UnlabeledObjective,
@@ -50,9 +50,11 @@ def show_batch(self:StreamDL,
     b=None, # A batch; the next one by default
     max_n:int=8, # Images to show
     objective:UnlabeledObjective=None, # Whose views to show; `RotationPretext()` by default
+    unique:bool=False, # One image, augmented differently in each place
     **kwargs
 ):
     "For the unlabelled stream the views of an objective and their names; for the labelled one fastai's own"
+    if unique and b is None: b = self.batch_of_one(max_n)
     if self.stream!='unlabeled': return TfmdDL.show_batch(self, b, max_n=max_n, **kwargs)
     objective,b = objective or RotationPretext(),b or self.one_batch()
     objective.see_data(self)

@@ -19,6 +19,7 @@ from .features import *
 from .batchnorm import *
 from .passes import *
 from .objective import *
+from .health import *
 
 # %% ../nbs/07b_unlabeled.ipynb #ce0c5bb2
 @contextmanager
@@ -50,7 +51,7 @@ class UnlabeledStep(TransientCallback):
     def __init__(self):
         self.n_taken = 0 # Unlabelled batches taken of the loader's pass
         self.companions = [] # Callbacks that came with it
-        self._sums,self._last,self._ready,self._found,self._it,self._batch = {},{},False,None,None,None
+        self._sums,self._last,self._health,self._ready,self._found,self._it,self._batch = {},{},{},False,None,None,None
     def __deepcopy__(self, memo):   # nothing of a step is copied: it may have an open loader, and graphs
         res = memo[id(self)] = type(self)()
         res.companions,res.learn = deepcopy(self.companions, memo),deepcopy(self.learn, memo)
@@ -106,6 +107,10 @@ class UnlabeledStep(TransientCallback):
         with torch.no_grad():
             for o in self.objectives:
                 if o.weight==0: self.loss_of(o, learning=False)
+    def report_health(self):
+        "Warn of objectives that teach nothing, once each"
+        for h in self._health.values():
+            for o in h.findings(): warn(o)
     def before_step(self):
         "A step that is cancelled from here on takes the heads' with it"
         self._cancelled = False
@@ -121,6 +126,7 @@ class UnlabeledStep(TransientCallback):
     def after_batch(self):
         "`TerminateOnNaNCallback` looks at `learn.loss` only: where there is one, stop at a loss of an objective that isn't finite as well"
         self._batch = None
+        if self.iter%200==199: self.report_health()
         if not any(isinstance(o, TerminateOnNaNCallback) for o in self.learn.cbs): return
         for n,loss in self._last.items():
             if self.learn.to_detach(loss).isfinite(): continue
@@ -132,6 +138,7 @@ class UnlabeledStep(TransientCallback):
         if ddp is not None: ddp.require_forward_param_sync = True   # the next forward pass begins with the first process's BatchNorm buffers
     def after_epoch(self):
         "Hand the epoch's means to the Recorder, over all processes, before it keeps its values"
+        if self._sums: self.report_health()
         sums,self._sums = self._sums,{}
         if not sums or not hasattr(self.learn,'recorder'): return
         for o in self.objectives: self.recorder.log += [float(self.learn.to_detach(v))/sums[o.name][2] if sums[o.name][2] else None for v in sums[o.name][:2]]
@@ -154,6 +161,8 @@ def prepare(self:UnlabeledStep):
     learn,objectives = self.learn,self.objectives
     twice = [n for n in {o.name for o in objectives} if sum(o.name==n for o in objectives)>1]
     if twice: raise ValueError(f"This Learner has two objectives called {twice[0]!r}, whose columns would be one: leave one out, or give it a name of its own (cb.name = ...).")
+    for o in objectives:
+        if o.teacher=='ema' and not hasattr(learn,'ema'): raise ValueError(f"{type(o).__name__} needs the averaged weights of EMA for its targets, and this Learner has none: add EMA() to cbs.")
     self.forget_search()
     dl,model = unlabeled_dl(learn),plain_model(learn.model)
     x = sample_inputs(whole_dl(dl)).as_subclass(Tensor).to(first(model.parameters()).device)
@@ -165,7 +174,7 @@ def prepare(self:UnlabeledStep):
         layer = find_feature_layer(model, x, first(given))
     task,seed = task_of(learn.loss_func, sample_targets(learn.dls.train)),getattr(whole_dl(dl),'seed',None)
     for o in objectives: o.prepare(learn, layer, task, out.shape[-1], seed); o.see_data(learn.dls); o.check(learn, x)
-    self._task,self._ready,self._cancelled,self._last = task,True,False,{}
+    self._task,self._ready,self._cancelled,self._last,self._health = task,True,False,{},{o.name:ObjectiveHealth(o) for o in objectives}
     self._norms = batchnorms(model),batchnorms(model, layer.behind) if layer else []
     self._forward = feature_pass(learn.model, layer)
     if (ddp := wrapped_ddp(learn)) is not None: ddp.require_backward_grad_sync = not self.active('sequential')   # else by `average_gradients`
@@ -199,10 +208,14 @@ def new_batch(self:UnlabeledStep, x)->UnlabeledBatch:
 @patch
 def loss_of(self:UnlabeledStep, o, learning=True)->Tensor: # A scalar
     "Loss of an objective, unweighted; counted for the columns"
-    loss,figure = o.loss(BoundBatch(self._batch, o, self._task, learning))
+    bound = BoundBatch(self._batch, o, self._task, learning)
+    loss,figure = o.loss(bound)
+    labels = self.learn.yb[0] if self._task=='single' and len(self.learn.yb)==1 and self.learn.yb[0].ndim==1 else None
+    self._health[o.name].add(loss, figure, bound.outputs, labels)
     n,sums = len(figure),self._sums[o.name]
     for i,v in enumerate((loss.detach()*n, figure.detach().float().sum(), n)): sums[i] += v
     self._last[o.name] = loss.detach()
+    if learning and not loss.requires_grad: raise ValueError(f"The loss of {type(o).__name__} has no gradient: compute it from batch.classes or batch.features of one of its views.")
     return loss
 
 @patch

@@ -4,7 +4,8 @@ from pathlib import Path
 import torch
 from fastai.vision.all import Callback,ProgressCallback,noop
 import sesemi_fastai.checkpoint as checkpoint
-from sesemi_fastai.all import ResumeTraining,RotationPretext,RunConfig,local_first,on_processes
+from sesemi_fastai.all import ResumeTraining,RotationPretext,RunConfig
+from sesemi_fastai.distributed import local_first,on_processes
 
 EPOCHS,STEPS = 2,5
 PLACES = ['after_loss','before_step','after_batch','before_validate','validation','after_epoch','writing']

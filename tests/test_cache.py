@@ -4,6 +4,7 @@ from contextlib import redirect_stdout
 import numpy as np,pytest
 from PIL import Image
 from sesemi_fastai.all import *
+from sesemi_fastai.cache import DecodeImage,ImageCache,open_cache
 from sesemi_fastai import images,cache as module
 
 def build(root, home, seconds, log):

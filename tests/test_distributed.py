@@ -6,7 +6,8 @@ import pytest,torch
 import torch.nn.functional as F
 from torch import nn
 from two_processes import data,learner,net
-from sesemi_fastai.all import BatchNormGroups,RunConfig,random_key,get_arch,replace_classifier
+from sesemi_fastai.all import BatchNormGroups,RunConfig,get_arch,replace_classifier
+from sesemi_fastai.streams import random_key
 
 here = Path(__file__).parent
 TORCHRUN = [sys.executable,'-m','torch.distributed.run','--standalone','--nproc_per_node','2']
@@ -190,6 +191,7 @@ def test_without_accelerate(folder, tmp_path):
     code = f"""
 import sys; sys.modules['accelerate'] = None
 from sesemi_fastai.all import *
+from sesemi_fastai.streams import random_key
 from sesemi_fastai.imagewang import imagewang_command
 import os; os.environ.update(WORLD_SIZE='2', RANK='0')
 imagewang_command([{str(folder)!r},'--out',{str(tmp_path/'out')!r}])

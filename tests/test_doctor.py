@@ -3,6 +3,8 @@ import io,json,shutil,subprocess,sys
 import numpy as np,pytest
 from PIL import Image,ImageEnhance
 from sesemi_fastai.all import *
+from sesemi_fastai.data import split_folder
+from sesemi_fastai.images import unpack
 from sesemi_fastai.doctor_report import doctor_command
 
 def command(*args): return subprocess.run([sys.executable,'-W','ignore','-m','sesemi_fastai.doctor_report',*map(str, args)], capture_output=True, text=True)
@@ -22,7 +24,7 @@ def test_command(folder, tmp_path):
 
 @pytest.mark.parametrize('args,says', [(['nowhere'],'nowhere'), (['{f}','--train','none'],"'none'"), (['{f}','--exclude','{f}/val/a/0.png'],'no JSON list'), (['{f}','--run','{f}'],'no results.json'), (['{f}','--write_exclude','{f}/val/a/0.png'],'not written over')])
 def test_mistakes(folder, capsys, args, says):
-    with pytest.raises(SystemExit) as e: imagewang_command([o.format(f=folder) for o in args])
+    with pytest.raises(SystemExit) as e: doctor_command([o.format(f=folder) for o in args])
     err = capsys.readouterr().err.strip(); assert e.value.code==2 and says in err and len(err.splitlines())==1 and err.startswith('sesemi_doctor: ')
 
 @pytest.mark.slow

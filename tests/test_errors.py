@@ -1,6 +1,6 @@
 "What a user can get wrong: one sentence that names it and the way out, before training where it can be known then"
-import tarfile
-import pytest
+import json,os,shutil,signal,subprocess,sys,tarfile,time
+import numpy as np,pytest,torch
 from torch import nn
 from torchvision.models import resnet18,squeezenet1_0
 from fastai.vision.all import Callback,DataLoaders,ImageDataLoaders,Learner,get_image_files
@@ -54,17 +54,108 @@ def test_file_that_is_no_image_is_named_before_training(folder, capsys, tmp_path
     assert 'val/a/0.png' in command(capsys, folder, '--out', tmp_path/'out')
     assert not list((tmp_path/'out').glob('run-*'))
 
+def tree(folder): return sorted(str(o.relative_to(folder)) for o in folder.rglob('*'))
+
 def test_command_mistakes(folder, capsys, tmp_path):
     out = ['--out', tmp_path/'out', '--size', 32, '--arch', 'resnet10']
     assert 'nowhere' in command(capsys, tmp_path/'nowhere', *out)
-    assert "'magic'" in command(capsys, folder, *out, '--recipe', 'magic')
     assert '16 labelled images for batches of 128' in command(capsys, folder, *out)
-    assert '--runs 0' in command(capsys, folder, *out, '--runs', 0)
     (tmp_path/'empty').mkdir(); assert "'train'" in command(capsys, tmp_path/'empty', *out)
     (tmp_path/'file').touch(); assert 'is a file' in command(capsys, folder, '--out', tmp_path/'file', '--unlabeled_bs', 2)
     (tmp_path/'used/run-0').mkdir(parents=True); assert 'never overwritten' in command(capsys, folder, '--out', tmp_path/'used', '--unlabeled_bs', 2)
     assert "can't be written" in command(capsys, folder, '--out', '/proc/none', '--unlabeled_bs', 2)
     assert 'no finished run' in command(capsys, '--report', '--out', tmp_path/'used')
+    assert '32×32 pixels' in command(capsys, folder, '--out', tmp_path/'out', '--size', 32, '--unlabeled_bs', 2, '--arch', 'vit_b_16')
+    (tmp_path/'names.json').write_text('{"dog": "Dog"}')
+    assert 'none of the classes a, b' in command(capsys, folder, *out, '--unlabeled_bs', 2, '--class_names', tmp_path/'names.json')
+    assert not (tmp_path/'out').exists()
+
+early = [(['--save_every','nonsense'],'nonsense'), (['--backward','both'],"'both'"), (['--warmup_epochs','9','--epochs','2'],'epochs=2'), (['--warmup_epochs','nan'],'warmup_epochs=nan'), (['--num_workers','-1'],'num_workers=-1'),
+         (['--unlabeled_bs','0'],'unlabeled_bs=0'), (['--lr','nan'],'lr=nan'), (['--lr','inf'],'lr=inf'), (['--lr','0'],'lr=0'), (['--lr','-1'],'lr=-1'), (['--lr','much'],"'much'"), (['--recipe','magic'],"'magic'"), (['--runs','0'],'--runs 0'),
+         (['--size','0'],'size=0'), (['--epochs','0'],'epochs=0'), (['--steps','0'],'steps=0'), (['--seed','-1'],'seed=-1'), (['--on_bad_image','ignore'],"'ignore'"), (['--resume'],'--resume needs --out'), (['--what'],'--what'),
+         (['--objective','rotaton'],"'rotaton'"), (['--objective','rotation+rotation'],'twice'), (['--objective','rotation('],"isn't understood"), (['--objective','fixmatch(threshold=1.5)'],'threshold=1.5'), (['--objective','rotation(weight=-1)'],'weight=-1'),
+         (['--objective','rotation(wait=1)'],"'wait'"), (['--ema','1'],'ema=1'), (['--ema','nan'],'ema=nan'), (['--arch','resnet19'],'did you mean'), (['--arch','fasterrcnn_resnet50_fpn'],'classifier'), (['--arch','deeplabv3_resnet50'],'classifier'),
+         (['--arch','timm:nothing'],'nothing'), (['--class_names','nowhere.json'],'nowhere.json')]
+
+def test_mistakes_that_are_known_before_anything_is_read(capsys, tmp_path, monkeypatch):
+    "In one sentence, without a look at the data, a network or a download, and nothing is left behind"
+    def never(*args, **kw): raise AssertionError('too late')
+    for o in ('get_data','run_plan','train_all'): monkeypatch.setattr(f'sesemi_fastai.imagewang.{o}', never)
+    monkeypatch.setattr('torch.hub.load_state_dict_from_url', never); monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', never)
+    monkeypatch.chdir(tmp_path)
+    for args,says in early:
+        err = command(capsys, 'images', *args); assert says in err, (args,err)
+        assert tree(tmp_path)==[], args
+
+def test_the_mended_command_works(folder, capsys, tmp_path, monkeypatch):
+    "A fit that fails at its first step, or is interrupted there, leaves no folder that the next one would be refused for"
+    args = [str(o) for o in (folder,'--size',32,'--arch','resnet10','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'a/out')]
+    for error,status in ((RuntimeError('no'),None), (KeyboardInterrupt(),130)):
+        def broken(*_, **__): raise error
+        with monkeypatch.context() as m:
+            m.setattr(RotationPretext, 'loss', broken)
+            with pytest.raises((SystemExit,RuntimeError)) as e: imagewang_command(args)
+        assert getattr(e.value,'code',None)==status and not (tmp_path/'a').exists(), error
+    err = capsys.readouterr().err.strip(); assert err.startswith('sesemi_imagewang: interrupted') and len(err.splitlines())==1
+    imagewang_command(args); assert (tmp_path/'a/out/report.html').exists()
+
+def test_home_that_cannot_be_written(folder, capsys, tmp_path, monkeypatch):
+    from fastai.data.external import fastai_cfg
+    monkeypatch.setenv('FASTAI_HOME', '/proc/none'); fastai_cfg.cache_clear()
+    try: assert 'FASTAI_HOME' in command(capsys, 'sample', '--out', tmp_path/'out')
+    finally: fastai_cfg.cache_clear()
+    assert not (tmp_path/'out').exists()
+
+def test_download_that_fails(capsys, tmp_path, monkeypatch):
+    from urllib.error import URLError
+    def fail(url): raise URLError('no route')
+    monkeypatch.setattr('sesemi_fastai.imagewang.untar_data', fail)
+    assert "can't be fetched" in command(capsys, 'imagewang_160', '--out', tmp_path/'out') and not (tmp_path/'out').exists()
+
+def test_interrupt_outside_training(folder, capsys, tmp_path, monkeypatch):
+    def interrupt(*args): raise KeyboardInterrupt
+    monkeypatch.setattr('sesemi_fastai.imagewang.seconds_per_step', interrupt)
+    with pytest.raises(SystemExit) as e: imagewang_command([str(folder),'--out',str(tmp_path/'out'),'--size','32','--arch','resnet10','--unlabeled_bs','2','--num_workers','0'])
+    err = capsys.readouterr().err.strip(); assert e.value.code==130 and len(err.splitlines())==1 and not (tmp_path/'out').exists()
+
+@pytest.mark.skipif(os.name=='nt', reason='signals')
+def test_interrupt_while_importing(tmp_path):
+    "Ctrl-C to the process group, while torch or fastai is being imported"
+    r = subprocess.Popen([sys.executable,'-W','ignore','-c','from sesemi_fastai.command import start_imagewang; print("go", flush=True); start_imagewang()','sample','--out',str(tmp_path/'out')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    r.stdout.readline(); time.sleep(.7); os.killpg(r.pid, signal.SIGINT)
+    _,err = r.communicate(timeout=100)
+    assert r.returncode==130 and len(err.strip().splitlines())==1 and 'interrupted' in err, err
+    assert not (tmp_path/'out').exists()
+
+def test_diverged_run_is_no_result(folder, capsys, tmp_path):
+    "It fails in one sentence, is kept as failed, is named in the report, and doesn't count there"
+    args = [folder,'--size',32,'--arch','resnet10','--epochs',1,'--steps',4,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'out']
+    err = command(capsys, *args, '--lr', '1e25', '--warmup_epochs', 0)
+    assert 'run-0 failed' in err and 'the loss is' in err and 'step' in err and 'lower' in err
+    assert not (tmp_path/'out/run-0/results.json').exists() and json.loads((tmp_path/'out/run-0/failed.json').read_text())['settings']['lr']==1e25
+    assert 'no finished run' in command(capsys, '--report', '--out', tmp_path/'out')
+    imagewang_command([str(o) for o in [*args,'--seed',1,'--resume']]); imagewang_command([str(o) for o in [*args,'--runs',2,'--resume']])
+    said = capsys.readouterr().out
+    assert 'run-0: failed earlier' in said and 'run-1: finished already' in said
+    text = (tmp_path/'out/leaderboard.md').read_text(); assert 'Not counted: run-0: Training diverged' in text and '|1|' in text.splitlines()[2]
+
+def test_weights_that_are_not_finite_in_the_end(folder, tmp_path, monkeypatch):
+    "The last step's gradient is seen by no later loss"
+    from sesemi_fastai.optimizer import AlignedSGD
+    def step(self, closure=None): self.param_groups[0]['params'][-1].data.fill_(torch.nan)
+    monkeypatch.setattr(AlignedSGD, 'step', step)
+    cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10', unlabeled_bs=2, num_workers=0, steps=1)
+    with pytest.raises(DivergedError, match='not finite|aren\'t finite'): train_run(cfg, tmp_path/'run', plain=True)
+    assert (tmp_path/'run/failed.json').exists() and not (tmp_path/'run/results.json').exists()
+
+def test_report_of_damaged_runs(folder, capsys, tmp_path):
+    for i in (0,1,2): train_run(RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10', unlabeled_bs=2, num_workers=0, steps=1, seed=i), tmp_path/f'out/run-{i}', plain=True)
+    shutil.copytree(tmp_path/'out', tmp_path/'good')
+    (tmp_path/'out/run-0/results.json').write_text('{'); (tmp_path/'out/run-2/history.csv').unlink()
+    err = command(capsys, '--report', '--out', tmp_path/'out'); assert 'run-0 (results.json is no JSON), run-2 (history.csv is missing)' in err and 'run-1' not in err
+    assert not (tmp_path/'out/leaderboard.md').exists()
+    res = json.loads((tmp_path/'good/run-1/results.json').read_text()); (tmp_path/'good/run-1/results.json').write_text(json.dumps(res|dict(lr=.7)))
+    assert 'different settings (lr)' in command(capsys, '--report', '--out', tmp_path/'good')
 
 def test_bad_archives(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'home'))
@@ -74,6 +165,21 @@ def test_bad_archives(capsys, tmp_path, monkeypatch):
     with tarfile.open(tmp_path/'up.tgz', 'w:gz') as t: t.add(tmp_path/'x', '../../x')
     assert 'nothing was written' in command(capsys, tmp_path/'up.tgz', '--out', tmp_path/'out')
 
-@pytest.mark.parametrize('kw,says', [(dict(backward='both'),'joint'), (dict(weight=-1),'weight=-1'), (dict(ramp_pct=2),'ramp_pct=2')])
+@pytest.mark.parametrize('kw,says', [(dict(backward='both'),'joint'), (dict(weight=-1),'weight=-1'), (dict(weight=float('nan')),'weight=nan'), (dict(ramp_pct=2),'ramp_pct=2')])
 def test_callback_arguments(kw, says):
     with pytest.raises(ValueError, match=says): RotationPretext(**kw)
+
+def test_architectures_by_name(folder):
+    learn = sesemi_learner(paired(folder), 'resnet18'); assert type(learn.model).__name__=='ResNet' and learn.model.fc[-1].out_features==2
+    for name,says in (('resnet19','did you mean'), ('maskrcnn_resnet50_fpn','classifier')):
+        with pytest.raises(ValueError, match=says): sesemi_learner(paired(folder), name)
+    with pytest.raises(ValueError, match='32×32 pixels'): sesemi_learner(paired(folder), 'vit_b_16')
+
+@pytest.mark.parametrize('args,says', [(['--num_workers','-1'],'--num_workers -1'), (['--out','/proc/none'],"can't be written"), (['--write_exclude','/proc/none/x.json'],"can't be written"), (['--class_names','nowhere.json'],'nowhere.json'), (['--train','none'],"'none'")])
+def test_doctor_mistakes(folder, capsys, tmp_path, monkeypatch, args, says):
+    "Known before the images are read; no folder is left"
+    from sesemi_fastai.doctor_report import doctor_command
+    monkeypatch.chdir(tmp_path); before = tree(tmp_path)
+    with pytest.raises(SystemExit) as e: doctor_command([str(folder), *(['--out','new'] if '--out' not in args else []), *args])
+    err = capsys.readouterr().err.strip(); assert e.value.code==2 and says in err and len(err.splitlines())==1
+    assert tree(tmp_path)==before

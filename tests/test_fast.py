@@ -6,6 +6,8 @@ from PIL import Image
 from fastai.vision.all import PILImage,accuracy
 from sesemi_fastai import imagewang
 from sesemi_fastai.all import *
+from sesemi_fastai.augment import get_recipe
+from sesemi_fastai.step import native_formats
 from sesemi_fastai.imagewang import imagewang_command
 
 def paired(folder, recipe='fast', **kw):

@@ -7,6 +7,8 @@ from hypothesis import given,settings,strategies as st
 from PIL import Image
 from fastai.vision.all import Datasets,Learner,Transform,accuracy
 from sesemi_fastai.all import *
+from sesemi_fastai.images import printable,unpack
+from sesemi_fastai.imagewang import run_plan
 from sesemi_fastai.imagewang import imagewang_command
 from sesemi_fastai.doctor_report import sesemi_doctor
 

@@ -3,6 +3,7 @@ import json,shutil,subprocess,sys
 import pytest,torch
 from torchvision.models import resnet18
 from sesemi_fastai.all import *
+from sesemi_fastai.report import read_csv
 from sesemi_fastai.imagewang import imagewang_command
 
 def config(folder, **kw):
@@ -49,7 +50,7 @@ def test_command_with_baseline(folder, tmp_path):
     r = subprocess.run([sys.executable,'-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4',
                         '--runs','2','--baseline','--num_workers','0','--steps','3','--out',str(out)], capture_output=True, text=True)
     assert r.returncode==0, r.stderr
-    for o in ('Classes    2: a, b','Left out   1 folders of train (3 images)','16 labelled, 36 unlabelled (val among them)','2 epochs of 3 steps = 6 steps, 192 image passes','Time       about'): assert o in r.stdout
+    for o in ('Classes    2: a, b','Left out   1 folders of train (3 images)','16 labelled, 36 unlabelled (val among them)','2 epochs of 3 steps = 6 steps, 192 image passes (96 of a baseline)','objective rotation, 4 passes for each unlabelled image','Time       about'): assert o in r.stdout
     for seed in (0,1):
         for kind in ('run','baseline'):
             assert {o.name for o in (out/f'{kind}-{seed}').iterdir()}=={'results.json','model.pth','history.csv','steps.csv','curves.png'}
@@ -57,6 +58,7 @@ def test_command_with_baseline(folder, tmp_path):
     assert {'accuracy','seed','epochs','steps','size','arch','recipe','val_in_pool','image_passes','seconds','versions','commit'}<=set(res)
     assert res['seed']==1 and res['steps']==6 and res['image_passes']==192 and 0<=res['accuracy']<=100
     assert json.loads((out/'baseline-1/results.json').read_text())['image_passes']==96
+    page = (out/'report.html').read_text(encoding='utf-8'); assert page.count('src="data:image/png')==2 and 'src="http' not in page and '192 (96 of a baseline)' not in page and 'Student' in page
     assert '|32|2|SESEMI|' in (out/'leaderboard.md').read_text() and '2,mean&pm;std' in (out/'leaderboard.md').read_text()
     acc = (out/'run-1/history.csv').read_text().splitlines()[-1].split(',')[3]
     assert abs(float(acc)*100-res['accuracy'])<1e-4
@@ -70,7 +72,7 @@ def test_accuracy_is_that_of_the_last_epoch(folder, tmp_path, monkeypatch):
 
 def test_baseline_has_no_second_task(folder, tmp_path):
     columns = {kind:list(read_csv((train_run(config(folder), tmp_path/kind, baseline=kind=='baseline', plain=True), tmp_path/kind)[1]/'history.csv')) for kind in ('run','baseline')}
-    assert set(columns['run'])-set(columns['baseline'])=={'pretext_loss','pretext_acc'}
+    assert set(columns['run'])-set(columns['baseline'])=={'rotation_loss','rotation_acc'}
 
 def test_no_val_of_the_command(folder, tmp_path, capsys):
     imagewang_command([str(folder),'--no_val','--size','32','--arch','resnet10','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
@@ -85,6 +87,32 @@ def test_export_loads_without_this_package(folder, tmp_path, predict_alone):
     image = folder/'val/a/0.png'
     with learn.no_bar(): want = learn.predict(image)[2]
     assert torch.allclose(torch.tensor(predict_alone(tmp_path/'export.pkl', image)), want, atol=1e-6)
+
+def test_objectives_of_the_command(folder, tmp_path, capsys):
+    "Named in the plan, the results, the columns and the leaderboard; image passes count a pass that is only forward as a third"
+    imagewang_command([str(folder),'--objective','rotation(weight=.5)+fixmatch(threshold=.7, weighting=free)','--size','32','--arch','resnet10','--epochs','1','--steps','2','--unlabeled_bs','3','--num_workers','0','--baseline','--out',str(tmp_path/'out')])
+    said,name = capsys.readouterr().out,'rotation(weight=0.5)+fixmatch(threshold=0.7, weighting=free)'
+    res = {k:json.loads((tmp_path/f'out/{k}-0/results.json').read_text()) for k in ('run','baseline')}
+    assert res['run']['objective']==name and res['run']['image_passes']==2*(12+3*4+3+1)==56 and res['baseline']['image_passes']==24
+    assert f'objective {name}, 5.33 passes' in said and f'run-0: {name}, seed 0' in said and '56 image passes (24 of a baseline)' in said
+    text = (tmp_path/'out/leaderboard.md').read_text(); assert f'|32|1|{name}|' in text and '56 image passes (24 of the baseline)' in text
+    assert {'rotation_loss','rotation_acc','fixmatch_loss','fixmatch_used'}<=set(read_csv(tmp_path/'out/run-0/history.csv'))
+    assert res['run']['chance']['rotation_acc']==.25 and 'one run and one baseline' in text
+
+def test_averaged_weights_of_the_command(folder, tmp_path):
+    "Of the run and of its baseline; another decay is another run"
+    cfg = config(folder, ema=.5)
+    for kind in ('run','baseline'): train_run(cfg, tmp_path/kind, baseline=kind=='baseline', plain=True)
+    assert json.loads((tmp_path/'run/results.json').read_text())['ema']==.5
+    plain = train_run(config(folder), tmp_path/'plain', baseline=True, plain=True)
+    assert (tmp_path/'plain/model.pth').read_bytes()!=(tmp_path/'baseline/model.pth').read_bytes()
+    with pytest.raises(CheckpointError, match='ema was 0.5, now 0.9'): train_run(config(folder, ema=.9), tmp_path/'run', plain=True, resume=True)
+
+def test_names_of_classes(folder, tmp_path, capsys):
+    (tmp_path/'names.json').write_text('{"a": "Ant"}')
+    imagewang_command([str(folder),'--class_names',str(tmp_path/'names.json'),'--size','32','--arch','resnet10','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
+    assert 'Classes    2: Ant, b' in capsys.readouterr().out and 'Ant, b' in (tmp_path/'out/report.html').read_text()
+    imagewang_command(['--report','--out',str(tmp_path/'out')]); assert 'a, b' in (tmp_path/'out/report.html').read_text()
 
 @pytest.mark.slow
 def test_real_imagewang(real_data, tmp_path):

@@ -13,10 +13,10 @@ parts = ('pipeline','overhead','memory','step','growth')
 def show(r):
     "A row of the report in one line"
     spread = f" ({r['low']:.2f} to {r['high']:.2f} in {r['pairs']} pairs)" if r['pairs']>1 else ''
-    target = f", wanted {r['target']:.2f}" if r['target'] else ''
+    target = f", target {r['target']:.2f}" if r['target'] else ''
     return f"{r['name']}: {r['ratio']:.3f}×{spread}; {r['mine']:.4g} and {r['other']:.4g} {r['unit']}{target}"
 
-def imagewang_command(args=None):
+def main(args=None):
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--quick', action='store_true', help='tiny images and networks: shows that it runs, measures nothing')
     p.add_argument('--only', default=','.join(parts)); p.add_argument('--rounds', type=int); p.add_argument('--out', type=Path, default=here/'results/bench')
@@ -38,4 +38,4 @@ def imagewang_command(args=None):
     if a.out==here/'results/bench':
         for o in a.out.glob('*.png'): shutil.copy(o, here.parent.parent/'nbs/images')   # for the page about them
 
-if __name__=='__main__': imagewang_command()
+if __name__=='__main__': main()

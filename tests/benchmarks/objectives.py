@@ -1,0 +1,63 @@
+"""What each objective gives, alone and beside rotation: equal steps and image passes, over seeds, beside the supervised baseline
+
+    python tests/benchmarks/objectives.py fashionwang [--seeds 3] [--only rotation fixmatch]
+
+Every run is a line in results/objectives/NAME.jsonl as soon as it ends; a run that is there isn't repeated, so a broken-off command goes on."""
+import argparse,json,os,sys,time
+from pathlib import Path
+from fastai.vision.all import accuracy,torch
+from sesemi_fastai.all import (BarlowTwins,EntropyMin,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,PiModel,PseudoLabel,RotationPretext,VAT,resnet10,sesemi_learner)
+from sesemi_fastai.imagewang import get_data
+from sesemi_fastai.streams import random_key,seeded
+from sesemi_fastai.images import unpack
+from torchvision.models import resnet18
+from common import machine
+
+results = Path(__file__).parent/'results'/'objectives'
+# steps of `bs` labelled images, and unlabelled ones of as many passes; VAT's length goes with the side of the images
+data = dict(fashionwang=dict(size=28, arch=resnet10, steps=300, bs=32, lr=.05, eps=40*28/224), imagewang=dict(size=64, arch=resnet18, steps=600, bs=32, lr=.05, eps=40*64/224))
+
+def EMA():
+    from sesemi_fastai.ema import EMA as cls
+    return cls()
+
+def objectives(eps):
+    "Each alone, as a function, so that every run has its own"
+    return dict(rotation=lambda: [RotationPretext()], rotation_one=lambda: [RotationPretext(views='one')], jigsaw=lambda: [JigsawPretext()], entropy=lambda: [EntropyMin(ramp_pct=.4)],
+        pseudo_label=lambda: [PseudoLabel(threshold=.8)], pi_model=lambda: [PiModel()], mean_teacher=lambda: [MeanTeacher(), EMA()], vat=lambda: [VAT(eps=eps)],
+        fixmatch=lambda: [FixMatch(threshold=.8)], fixmatch_free=lambda: [FixMatch(weighting='free', align='uniform')], fixmatch_soft=lambda: [FixMatch(weighting='soft', align='uniform')],
+        barlow_twins=lambda: [BarlowTwins()])
+
+def configs(eps):
+    "Name to a function that makes the callbacks"
+    alone = objectives(eps)
+    both = {f'rotation+{k}':(lambda v=v: alone['rotation']()+v()) for k,v in alone.items() if not k.startswith('rotation')}
+    return dict(baseline=list, baseline_ema=lambda: [EMA()])|alone|both
+
+def run(path, name, make, seed, size, arch, steps, bs, lr, eps):
+    "Train once; the line to be written"
+    cbs = make()
+    per_image = sum(getattr(o,'passes_per_image',0.) for o in cbs)
+    ubs = max(2, round(bs/per_image)) if per_image else bs//4
+    dls = PairedDataLoaders.from_folder(path, size=size, bs=bs, unlabeled_bs=ubs, n_steps=steps, recipe='fast', seed=seed, num_workers=0, verbose=False)
+    start = time.time()
+    with seeded(random_key(seed, 'weights')): learn = sesemi_learner(dls, arch, metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly_warmup(1, lr, cbs=cbs)
+    cols = dict(zip(list(learn.recorder.metric_names)[1:-1], map(float, learn.recorder.values[-1])))
+    return dict(name=name, seed=seed, accuracy=100*cols['accuracy'], steps=steps, bs=bs, unlabeled_bs=ubs, passes=round(steps*(bs+ubs*per_image)), seconds=round(time.time()-start,1), columns=cols, commit=machine()['commit'])
+
+def main(args):
+    p = argparse.ArgumentParser(description=__doc__); p.add_argument('data', choices=data); p.add_argument('--seeds', type=int, default=3); p.add_argument('--only', nargs='*')
+    a = p.parse_args(args); kw = data[a.data]
+    path = get_data('sample') if a.data=='fashionwang' else unpack(Path(os.environ['SESEMI_TEST_DATA'])/'imagewang-80.tgz')
+    results.mkdir(parents=True, exist_ok=True); out = results/f'{a.data}.jsonl'
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    for seed in range(a.seeds):
+        for name,make in configs(kw['eps']).items():
+            done = {(r['name'],r['seed']) for r in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
+            if (name,seed) in done or (a.only and name not in a.only): continue
+            r = run(path, name, make, seed, **kw)
+            with open(out, 'a') as f: f.write(json.dumps(r)+'\n')
+            print(f"{name} {seed}: {r['accuracy']:.2f} % in {r['seconds']:.0f} s", flush=True)
+
+if __name__=='__main__': main(sys.argv[1:])
