@@ -6,13 +6,14 @@ from urllib.parse import unquote,urlsplit
 import nbformat
 
 # Words that were found in this project, which a reader of the field would not expect
-words = {r'pictures?':'image', r'twins?':'supervised baseline', r'near[- ]copies':'near-duplicates', r'store=':'cache=', r'taps?':'feature layer', r'rooms?':'module', r'to the bit':'bitwise identical',
-    r'ordinary loss':'supervised loss', r'quarter[- ]turns?':'rotation (0°, 90°, 180°, 270°)', r'made again':'rebuilt', r'gives its place':'is replaced by', r'the rival':'the baseline loop', r'wanted':'target', r'% sure':'pred …, true … (…%)', r'tell by how many':'predict the rotation'}
+words = {r'pictures?':'image', r'(?<!Barlow )twins?':'supervised baseline', r'near[- ]copies':'near-duplicates', r'store=':'cache=', r'taps?':'feature layer', r'rooms?':'module', r'to the bit':'bitwise identical',
+    r'ordinary loss':'supervised loss', r'by how many quarter turns':'rotation (0°, 90°, 180°, 270°)', r'made again':'rebuilt', r'gives its place':'is replaced by', r'the rival':'the baseline loop', r'% sure':'pred …, true … (…%)', r'tell by how many':'predict the rotation'}
 _words = re.compile('|'.join(rf'(?<![\w-])({k})(?![\w-])' for k in words), re.I)
 
 def wrong_words(text):
     "Words of the table's left column in `text`, each with its surroundings"
-    return [f"says '{m[0]}' in '…{' '.join(text[max(0,m.start()-30):m.end()+30].split())}…'" for m in _words.finditer(text)]
+    columns = ["has a column 'wanted'"] if re.search(r'^\s*wanted\s*$', text, re.M) else []
+    return columns+[f"says '{m[0]}' in '…{' '.join(text[max(0,m.start()-30):m.end()+30].split())}…'" for m in _words.finditer(text)]
 
 class Page(HTMLParser):
     "Links, anchors, images, and the text of the content"
