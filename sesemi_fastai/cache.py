@@ -192,7 +192,7 @@ def open_cache(
     cache:str|Path=None, # Folder for caches; `cache_home()` by default, and False for none
     n_threads:int=None # Threads that decode; one a core by default
 ): # Function from a path to `(H,W,3)` uint8
-    "The cache of `files`, made or made again where need be; without one, with a warning, where it can't be written"
+    "The cache of `files`, made or rebuilt where need be; without one, with a warning, where it can't be written"
     decode,root,files = DecodeImage(side),Path(root),list(dict.fromkeys(files))
     if cache is False: check_images(files); return decode
     folder,stats = _cache_folder(root, side, cache),[*map(_file_stat, files)]

@@ -117,6 +117,25 @@ def gain():
     return '\n'.join([f'| Imagewang, 64 px, {len(acc[0])} seeds | accuracy ± sample standard deviation | image passes | time on two cores |','| --- | --- | --- | --- |',*rows,'',
         f"{mean(acc[0])-mean(acc[1]):+.1f} points with 1,275 labelled images and 12,954 in the unlabelled pool, for {mean(sec[0])/mean(sec[1]):.1f} times the time of a supervised step."])
 
+def measured_objectives():
+    "What each objective gave in the runs of tests/benchmarks/objectives.py, beside the baseline with the same seeds"
+    parts = []
+    for file in sorted((results/'objectives').glob('*.jsonl')):
+        by = {}
+        for r in map(json.loads, file.read_text(encoding='utf-8').splitlines()): by.setdefault(r['name'],{})[r['seed']] = r
+        base = by.pop('baseline',{})
+        if not base: continue
+        parts += ['', f"**{file.stem}**: {next(iter(base.values()))['steps']} steps of {next(iter(base.values()))['bs']} labelled images and unlabelled ones of as many passes; the differences are to the baseline of the same seed, ± standard error over seeds.", '',
+            '| objectives | seeds | accuracy | difference to the baseline | passes of images, times the baseline |', '| --- | --- | --- | --- | --- |']
+        for k,rs in {'baseline':base,**by}.items():
+            seeds = sorted(rs.keys()&base.keys())
+            if not seeds: continue
+            diffs = [rs[o]['accuracy']-base[o]['accuracy'] for o in seeds]
+            err = f' ± {statistics.stdev(diffs)/len(diffs)**.5:.1f}' if len(diffs)>1 else ''
+            passes = statistics.mean(rs[o]['passes'] for o in seeds)/statistics.mean(o['passes'] for o in base.values())
+            parts.append(f"| {k.replace('_',' ').replace('+',' + ')} | {len(seeds)} | {statistics.mean(rs[o]['accuracy'] for o in seeds):.1f} % | {'' if k=='baseline' else f'{statistics.mean(diffs):+.1f}{err}'} | {passes:.2f} |")
+    return '\n'.join(parts).strip() or 'Not measured yet: `python tests/benchmarks/objectives.py fashionwang`.'
+
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
     nb,tables = nbformat.reads(text, 4),iter(tables)
@@ -127,7 +146,7 @@ def with_tables(text, tables):
 if __name__=='__main__':
     texts,(acc,said) = {},accuracies()
     made = {**{k:[table(*v)] for k,v in pages.items()}, 'mutants':[mutants()], '13a_resume':[kills()], 'fast':[benchmarks(),f'{acc}\n\n{said}'],
-        'index':[history(),gain()], 'about/results':[baselines(),f'{acc}\n\n{said}']}
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),f'{acc}\n\n{said}']}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
