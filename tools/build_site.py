@@ -127,6 +127,7 @@ def linked(text, src, index, texts):
     page,short = staged(src),{k.split('.')[-1]:k for k in index if k.startswith('Learner.')}
     def name(m):
         k = m[1].split('(')[0]; k = k if k in index else short.get(k.removeprefix('learn.'))
+        if k and k.endswith('_loss') and not page.startswith('api/'): k = None   # elsewhere it is a column
         return f'[{m[0]}]({_rel(page, index[k][0])}#{k})' if k else m[0]
     pages = {staged(k).rsplit('.',1)[0]:k for k in texts}
     def target(m):
@@ -160,7 +161,7 @@ def code_cell(nb, c):
     "A code cell as readers see it, or None"
     d = directives(c.source)
     if {'hide','export','exporti','default_exp'} & d.keys() or d.get('include')=='false': return None
-    keep = [l for l in c.source.split('\n') if not re.match(r'#\|\s*(?!fig-|echo|code-fold|code-summary|label|output)', l) and not re.search(r'#\|\s*hide_line\s*$', l)]
+    keep = [l for l in c.source.split('\n') if not re.match(r'#\|\s*(?!\s|fig-|echo|code-fold|code-summary|label|output)', l) and not re.search(r'#\|\s*hide_line\s*$', l)]
     c.source = '\n'.join(keep)
     if any('image/png' in o.get('data',{}) or 'image/svg+xml' in o.get('data',{}) for o in c.outputs) and 'fig-alt' not in d:
         c.source = f'#| fig-alt: {json.dumps(_output_alt(nb, c), ensure_ascii=False)}\n{c.source}'
