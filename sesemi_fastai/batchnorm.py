@@ -9,6 +9,7 @@ __all__ = ['bn_policies', 'batchnorms', 'bn_policy', 'bn_groups', 'around_next_p
 # %% ../nbs/06a_batchnorm.ipynb #8e53f459
 from fastai.vision.all import *
 from contextlib import ExitStack
+import types
 from torch.nn.modules.batchnorm import _BatchNorm
 from .transient import *
 from .features import *
@@ -63,32 +64,48 @@ def bn_groups(
         yield
 
 # %% ../nbs/06a_batchnorm.ipynb #ceabd0ee
-def around_next_pass(
-    model:nn.Module, # Whose forward pass is meant, in its wrappers
-    context # A context manager
-):
-    "The next forward pass of `model` runs within `context`"
-    def enter(m, inp): pre.remove(); context.__enter__()
-    def leave(m, inp, out): post.remove(); context.__exit__(None, None, None)
-    pre = model.register_forward_pre_hook(enter, prepend=True)
-    post = model.register_forward_hook(leave, always_call=True)
+class around_next_pass:
+    "The next forward pass of `model` runs within `context`; replaces another such that was never run"
+    def __init__(self,
+        model:nn.Module, # Whose forward pass is meant, in its wrappers
+        context # A context manager
+    ):
+        last = vars(model).get('forward')
+        if isinstance(last, around_next_pass): last.remove()
+        self.model,self.context,self.own = model,context,vars(model).get('forward')   # a compiled model has one of its own
+        vars(model)['forward'] = self
+    def remove(self):
+        "The model runs as before, if it doesn't yet"
+        if vars(self.model).get('forward') is not self: return
+        if self.own is None: del vars(self.model)['forward']
+        else: vars(self.model)['forward'] = self.own
+    def __call__(self, *args, **kwargs):
+        self.remove()
+        with self.context: return self.model.forward(*args, **kwargs)
+    def __reduce__(self): return types.MethodType,(type(self.model).forward, self.model)
 
 # %% ../nbs/06a_batchnorm.ipynb #27108bf4
 class PassCallback(TransientCallback):
     "Base of callbacks whose `pass_context` is entered for each of the Learner's forward passes, and left however they end"
-    order = 90   # after all that may still fail or cancel before the pass
+    order,_learn,_next = math.inf,None,None   # after all that may still fail or cancel before the pass
     def before_batch(self):
-        "The pass comes next"
-        around_next_pass(self.learn.model, self.pass_context())
+        "The pass comes next; the last of these callbacks sees to it for all"
+        self._next = around_next_pass(self.learn.model, pass_contexts(self.learn))
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):
+        if self._next is not None: self._next.remove()
+        object.__setattr__(self, '_learn', learn)
 
 @contextmanager
 def pass_contexts(
     learn:Learner # Whose callbacks are asked
 ):
-    "The contexts of all `PassCallback`s of `learn`, for a forward pass of another batch"
+    "The contexts of all `PassCallback`s of `learn`"
     with ExitStack() as contexts:
         for cb in learn.cbs.sorted('order'):
-            if isinstance(cb, PassCallback): contexts.enter_context(cb.pass_context())
+            if isinstance(cb, PassCallback) and (learn.training or cb.run_valid): contexts.enter_context(cb.pass_context())
         yield
 
 class BatchNormGroups(PassCallback):

@@ -133,8 +133,8 @@ def _plain_dl(dl):
         if isinstance(tl.tfms.fs[0], ClassFolder): tl.tfms,tl.types = Pipeline(tl.tfms.fs[1:], split_idx=1),tl.types[1:]
         pic = [f for f in tl.tfms.fs if isinstance(f, ImageTransform) and f.split_idx==1]
         if not pic: continue
-        fs = [v2.functional.to_pil_image, partial(PILImage.create, mode=None), v2.Compose([ImageOps.exif_transpose, to_rgb]), pic[0].plain]
-        tl.tfms,tl.types = Pipeline([Transform(f) for f in fs], split_idx=1),[Tensor,(str,Path,bytes,ndarray),Image.Image,Image.Image,TensorImage]
+        fs = [v2.functional.to_pil_image, partial(PILImage.create, mode=None), v2.Compose([ImageOps.exif_transpose, to_rgb, pic[0].plain])]   # the last three as one: in between fastai would give images their file's type
+        tl.tfms,tl.types = Pipeline([Transform(f) for f in fs], split_idx=1),[Tensor,(str,Path,bytes,ndarray),Image.Image,TensorImage]
     return res
 
 # %% ../nbs/04_data.ipynb #535a6b61

@@ -90,14 +90,14 @@ class UnlabeledBatch:
         norms,behind = self.layers
         with self.drawing('pass', view), self.context(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
             feats,out = self.forward(self.images(view))
-        return tuple(None if o is None else to_full(o) for o in (feats,out))
+        return to_full(feats),to_full(out)
 
     def differentiable(self, view, bn, graph)->tuple: # Features or None, and outputs
         "The pass of `view` in one of the step's graphs, run once"
         key = view,bn,graph
         if key not in self.passes:
             self.passes[key] = self.run(view, bn, self.differentiated[key])
-            self.targets_of[view,bn] = tuple(None if o is None else o.detach() for o in self.passes[key])
+            self.targets_of[view,bn] = tuple(o.detach() if isinstance(o, Tensor) else None for o in self.passes[key])
         return self.passes[key]
 
     def without_gradient(self, view, bn)->tuple:
@@ -117,7 +117,7 @@ class UnlabeledBatch:
         self.passes.clear()
 
 def to_full(
-    x:Tensor # Of any floating type
+    x # A tensor of any floating type, or anything else
 )->Tensor:
-    "`x` in float32 where it has fewer bits"
-    return x.float() if x.dtype in (torch.float16,torch.bfloat16) else x
+    "`x` in float32 where it is a tensor with fewer bits"
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16,torch.bfloat16) else x

@@ -21,7 +21,7 @@ def start_epoch(
 
 class StepSeed(TransientCallback):
     "Start Python's, NumPy's and torch's generators of each training step from `(seed, epoch, step)`, and the rank where it isn't 0"
-    order,run_valid,_learn,_states = -5,False,None,None
+    order,run_valid,_learn,_states,_key = -5,False,None,None,None
     def __init__(self,
         seed:int=None # That of `dls.train` by default
     ): self.step_seed = seed
@@ -32,9 +32,9 @@ class StepSeed(TransientCallback):
         learn = self.learn
         return random_key(ifnone(self.step_seed, getattr(whole_dl(learn.dls.train),'seed',0)), *parts, learn.epoch, learn.iter, *filter(None, [rank_distrib()]))
     def restore(self):
-        "Put the generators back where they were before the step"
-        if self._states is not None: set_generators(self._states)
-        self._states = None
+        "Put the generators back where they were before the step, unless they were seeded anew: after a fit that broke off that may be long ago"
+        states,self._states = self._states,None
+        if states is not None and torch.initial_seed()==self._key: set_generators(states)
     def before_fit(self):
         "After a fit that broke off"
         self.restore()
@@ -44,9 +44,8 @@ class StepSeed(TransientCallback):
     def before_batch(self):
         "Before anything of the step is drawn"
         self.restore()
-        self._states = get_generators()
-        key = self.key('step')
-        random.seed(key); np.random.seed(key%2**32); torch.manual_seed(key)
+        self._states,self._key = get_generators(),self.key('step')
+        random.seed(self._key); np.random.seed(self._key%2**32); torch.manual_seed(self._key)
     def after_batch(self):
         "After a cancelled one, too"
         self.restore()

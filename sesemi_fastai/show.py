@@ -119,7 +119,7 @@ def show_results(self:FixMatch,
     "Unlabelled images with their pseudo-labels, confidences and thresholds as after the last step, and their strong views below"
     learn = _learner_of(self); model = plain_model(learn.model)
     if self.trained is not model: raise ValueError(f"{type(self).__name__} was not trained with the model of this Learner: fit first.")
-    teacher = learn.ema.teacher if self.teacher=='ema' else model
+    teacher = self.teacher=='ema' and getattr(getattr(learn,'ema',None),'teacher',None) or model   # after a fit the model holds the averages
     with eval_mode(model):
         x = torch.cat([*_unlabeled_batches(learn, max_n)])[:max_n]
         with seeded(0): strong = self.strong_view(x)

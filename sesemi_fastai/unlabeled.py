@@ -74,8 +74,8 @@ class UnlabeledStep(TransientCallback):
         self.n_taken,self._sums = state['n_taken'],{k:list(v) for k,v in state['sums'].items()}
 
     def before_fit(self):
-        "The next training epoch prepares the objectives"
-        self._ready = False
+        "The next training epoch prepares the objectives; nothing stays of a fit that broke off"
+        self._ready,self._sums,self._it,self._batch = False,{},None,None
     def before_train(self):
         "Open the unlabelled loader"
         if not self._ready: self.prepare()
@@ -93,7 +93,7 @@ class UnlabeledStep(TransientCallback):
     def after_backward(self):
         "Sequential objectives: the graphs before are gone; build and differentiate one after the other"
         self._batch.free()
-        todo = split_graphs(self.active('sequential'))
+        todo = split_graphs(self.active('sequential')) if self._zero.grad is not None else []   # else the backward pass was cancelled
         for group in todo:
             with self._autocast(), memory_advice():
                 loss = sum(o.weight_at(self.pct_train)*self.loss_of(o) for o in group)
@@ -167,13 +167,17 @@ def prepare(self:UnlabeledStep):
     dl,model = unlabeled_dl(learn),plain_model(learn.model)
     x = sample_inputs(whole_dl(dl)).as_subclass(Tensor).to(first(model.parameters()).device)
     with eval_mode(model): out = model(x)
+    for o in objectives if not isinstance(out, Tensor) else []:
+        if o.reads=='classes': raise ValueError(f"{type(o).__name__} reads the output of the model, and {type(model).__name__} gives a {type(out).__name__}, not one tensor: leave {o.name} out.")
     layer,needs = None,[o for o in objectives if o.reads=='features']
     if needs:
         given = {o.features for o in needs}-{None}
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
     task,seed = task_of(learn.loss_func, sample_targets(learn.dls.train)),getattr(whole_dl(dl),'seed',None)
-    for o in objectives: o.prepare(learn, layer, task, out.shape[-1], seed); o.see_data(learn.dls); o.check(learn, x)
+    for o in objectives: o.prepare(learn, layer, task, out.shape[-1] if isinstance(out, Tensor) else 0, seed); o.see_data(learn.dls)
+    with preserved():   # views may draw
+        for o in objectives: o.check(learn, x)
     self._task,self._ready,self._cancelled,self._last,self._health = task,True,False,{},{o.name:ObjectiveHealth(o) for o in objectives}
     self._norms = batchnorms(model),batchnorms(model, layer.behind) if layer else []
     self._forward = feature_pass(learn.model, layer)
@@ -202,7 +206,7 @@ def new_batch(self:UnlabeledStep, x)->UnlabeledBatch:
     for o in self.objectives:
         if o.weight>0:
             for v in o.views(): diff.setdefault((v,o.bn,o.backward), set()).add(o.reads)
-    key = learn.step_seed.key
+    key = first(learn.cbs, risinstance(StepSeed)).key
     return UnlabeledBatch(x, self._forward, self._norms, key, partial(pass_contexts, learn), getattr(getattr(learn,'ema',None),'teacher',None), diff)
 
 @patch
@@ -240,18 +244,17 @@ class ObjectiveColumns(TransientCallback):
         self.recorder.metric_names = L(names[:i])+L(own)+L(names[i:])
 
 class ClipHeads(TransientCallback):
-    "Where the Learner has `GradientClip`, the norm that is clipped is that of the model and all heads"
-    order,run_valid = MixedPrecision.order+.5,False   # after gradients are unscaled, before `GradientClip`
+    "Gradients of the model and all heads are clipped together where the Learner has `GradientClip`, and skipped together where `MixedPrecision` met an overflow"
+    order,run_valid = MixedPrecision.order-.5,False   # after `GradientAccumulation`, before the gradient scaler's own step
     def before_step(self):
-        "Clip both together; `GradientClip` then finds nothing left to clip"
-        clips = [o for o in self.learn.cbs if isinstance(o, GradientClip)]
-        heads = [o for o in self.learn.unlabeled_step.objectives if o.fit_opt is not None]
-        if not clips or not heads: return
-        scaler = getattr(self.learn,'scaler',None)
-        if scaler is not None and scaler.is_enabled():
-            for o in heads: scaler.unscale_(getattr(o.fit_opt,'opt',o.fit_opt))
-        params = [*self.learn.model.parameters(), *(p for o in heads for p in o.fit_heads.parameters())]
-        for c in clips: nn.utils.clip_grad_norm_(params, c.max_norm, c.norm_type)
+        "`GradientClip` and `MixedPrecision` then find nothing left to do"
+        heads,scaler = [o for o in self.learn.unlabeled_step.objectives if o.fit_opt is not None],grad_scaler(self.learn)
+        if not heads: return
+        params = [p for o in heads for p in o.fit_heads.parameters()]
+        if scaler is not None:
+            for o in (*self.learn.cbs.filter(risinstance(MixedPrecision)), *(getattr(o.fit_opt,'opt',o.fit_opt) for o in heads)): scaler.unscale_(o)
+            if not all(p.grad.isfinite().all() for p in params if p.grad is not None): raise CancelStepException
+        for c in self.learn.cbs.filter(risinstance(GradientClip)): nn.utils.clip_grad_norm_([*self.learn.model.parameters(), *params], c.max_norm, c.norm_type)
 
 class ShardStreams(TransientCallback):
     "Within `learn.distrib_ctx()`, each process takes its part of every batch; otherwise does nothing"

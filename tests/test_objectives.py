@@ -5,7 +5,7 @@ import numpy as np,pytest,torch
 from PIL import Image
 from torch import nn
 from fastai.vision.all import Callback,ConvLayer,Learner,SGD,accuracy
-from sesemi_fastai.all import (BarlowTwins,EntropyMin,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,PiModel,PretextObjective,PseudoLabel,
+from sesemi_fastai.all import (BarlowTwins,EMA,EntropyMin,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,PiModel,PretextObjective,PseudoLabel,
                                RotationPretext,StepSeed,UnlabeledObjective,VAT)
 
 def net(drop=.3):

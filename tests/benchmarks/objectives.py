@@ -6,7 +6,7 @@ Every run is a line in results/objectives/NAME.jsonl as soon as it ends; a run t
 import argparse,json,os,sys,time
 from pathlib import Path
 from fastai.vision.all import accuracy,torch
-from sesemi_fastai.all import (BarlowTwins,EntropyMin,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,PiModel,PseudoLabel,RotationPretext,VAT,resnet10,sesemi_learner)
+from sesemi_fastai.all import (BarlowTwins,EMA,EntropyMin,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,PiModel,PseudoLabel,RotationPretext,VAT,resnet10,sesemi_learner)
 from sesemi_fastai.imagewang import get_data
 from sesemi_fastai.streams import random_key,seeded
 from sesemi_fastai.images import unpack
@@ -16,10 +16,6 @@ from common import machine
 results = Path(__file__).parent/'results'/'objectives'
 # steps of `bs` labelled images, and unlabelled ones of as many passes; VAT's length goes with the side of the images
 data = dict(fashionwang=dict(size=28, arch=resnet10, steps=300, bs=32, lr=.05, eps=40*28/224), imagewang=dict(size=64, arch=resnet18, steps=600, bs=32, lr=.05, eps=40*64/224))
-
-def EMA():
-    from sesemi_fastai.ema import EMA as cls
-    return cls()
 
 def objectives(eps):
     "Each alone, as a function, so that every run has its own"
