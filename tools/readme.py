@@ -145,7 +145,7 @@ def with_tables(text, tables):
 
 if __name__=='__main__':
     texts,(acc,said) = {},accuracies()
-    made = {**{k:[table(*v)] for k,v in pages.items()}, 'mutants':[mutants()], '13a_resume':[kills()], 'fast':[benchmarks(),f'{acc}\n\n{said}'],
+    made = {**{k:[table(*v)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),f'{acc}\n\n{said}'],
         'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),f'{acc}\n\n{said}']}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
