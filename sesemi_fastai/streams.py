@@ -252,10 +252,6 @@ class StreamDL(TfmdDL):
         try: return super().one_batch()
         finally: self.epoch,self.n_skip = epoch,skip
 
-    def __getstate__(self):
-        "Without the iterator of a pass that isn't over, which can't be duplicated"
-        return {k:v for k,v in vars(self).items() if k!='it'}
-
     def batch_of_one(self,
         n:int=9 # Images in the batch
     ):
