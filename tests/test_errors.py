@@ -40,7 +40,8 @@ def test_fit_without_unlabelled_images(folder):
     with pytest.raises(ValueError, match='PairedDataLoaders.from_dls'): quiet(learn, 1, cbs=[RotationPretext(), NoStep()])
 
 def test_model_without_a_place_for_the_head(folder):
-    with pytest.raises(ValueError, match='SqueezeNet.*features='): quiet(Learner(paired(folder, size=64), squeezenet1_0(num_classes=2)), 1, cbs=[RotationPretext(), NoStep()])
+    learn = Learner(paired(folder, size=64), squeezenet1_0(num_classes=2))
+    with pytest.raises(ValueError, match='SqueezeNet.*features='): quiet(learn, 1, cbs=[RotationPretext(), NoStep()])
     learn = Learner(paired(folder, size=64), squeezenet1_0(num_classes=2), cbs=RotationPretext(features='features'))
     quiet(learn, 1, 1e-3)
 
