@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow kills mutants bench prepare readme site clean
+.PHONY: demo test slow kills mutants bench prepare readme site tutorials clean
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/sesemi_imagewang --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
@@ -34,13 +34,14 @@ prepare: $(VENV)/.installed
 readme: $(VENV)/.installed
 	$(BIN)/python tools/readme.py
 
-# Pages in _docs, without Quarto. One notebook at a time: in parallel an error in one silently drops others
+# Pages in _docs, checked; what is wrong with them is listed, and is an error
 site: $(VENV)/.installed
-	$(BIN)/python -m pip install -q 'smalldocs>=0.5'
-	rm -rf _proc _docs
-	$(BIN)/python -W ignore -c 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)'
-	$(BIN)/smalldocs render -q _proc
-	mv _proc/_site _docs
+	$(BIN)/python -W ignore tools/build_site.py
+
+# Execute the pages that show outputs, and keep those
+tutorials: $(VENV)/.installed
+	$(BIN)/python -W ignore tools/tutorials.py $(PAGES)
+	$(BIN)/nbdev-clean
 
 $(VENV)/.installed: settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

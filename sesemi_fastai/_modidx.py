@@ -1081,6 +1081,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'sesemi_fastai/unlabeled.py'),
                                          'sesemi_fastai.unlabeled.UnlabeledStep.prepare': ( 'unlabeled.html#unlabeledstep.prepare',
                                                                                             'sesemi_fastai/unlabeled.py'),
+                                         'sesemi_fastai.unlabeled.UnlabeledStep.probe': ( 'unlabeled.html#unlabeledstep.probe',
+                                                                                          'sesemi_fastai/unlabeled.py'),
                                          'sesemi_fastai.unlabeled.UnlabeledStep.report_health': ( 'unlabeled.html#unlabeledstep.report_health',
                                                                                                   'sesemi_fastai/unlabeled.py'),
                                          'sesemi_fastai.unlabeled.UnlabeledStep.state_dict': ( 'unlabeled.html#unlabeledstep.state_dict',

@@ -265,7 +265,7 @@ class StreamDL(TfmdDL):
         "Without the iterator of a pass that isn't over, which can't be duplicated"
         return {k:v for k,v in vars(self).items() if k!='it'}
 
-# %% ../nbs/03_streams.ipynb #5a3e0002
+# %% ../nbs/03_streams.ipynb #35cac778
 def steady_worker():
     "Let this worker process outlast Ctrl-C and the first SIGTERM that doesn't come from the process that started it"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
