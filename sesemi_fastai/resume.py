@@ -78,7 +78,9 @@ class ResumeTraining(TransientCallback):
         if fit is None: return
         self._wake(fit)
         if fit.stop: fit.stop.restore()
-        if fit.lock: fit.lock.release()
+        if fit.lock:
+            if os.name!='nt' and not any(self._folder.glob('*.ckpt')): (self._folder/'.lock').unlink(missing_ok=True)   # where nothing came of it
+            fit.lock.release()
 
     def _wake(self, fit):
         "Callbacks that slept through finished epochs run as before"
