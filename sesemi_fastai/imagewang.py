@@ -19,6 +19,7 @@ from .step import *
 from .objective_text import *
 from .run import *
 from .signals import TrainingStopped
+from .resume import ResumeTraining
 from .progress import *
 from .report import *
 from .run_report import *
