@@ -18,9 +18,7 @@ from .data import *
 from .step import *
 from .objective_text import *
 from .run import *
-from .signals import TrainingStopped
-from .resume import ResumeTraining
-from .progress import *
+from .resume import *
 from .report import *
 from .run_report import *
 from .command import *

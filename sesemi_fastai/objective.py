@@ -78,7 +78,7 @@ class UnlabeledObjective(TransientCallback):
     figure = 'acc'    # Name of the second column: the mean of what `loss` gives beside the loss
     tasks = ('single','multi','regression') # Kinds of targets that it can be used with
     teacher = 'student' # Who makes targets, where there are any: 'student', the model itself, or 'ema', the averaged weights
-    upright = False   # Whether its question has an answer only where images have a right way up
+    needs = ()        # What its question needs of the data, see `check_views`: images the right way 'upright', 'borders' that tell nothing
     chance = None     # What `figure` is when nothing is learned, where that is known
     passes_per_image = 1. # Forward and backward passes for each unlabelled image; a forward pass alone counts a third
     def __init__(self,

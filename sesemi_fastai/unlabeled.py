@@ -10,8 +10,10 @@ from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientClip
+import weakref
 from .streams import *
 from .samples import *
+from .probe import *
 from .distributed import *
 from .transient import *
 from .randomness import *
@@ -182,7 +184,18 @@ def prepare(self:UnlabeledStep):
     self._norms = batchnorms(model),batchnorms(model, layer.behind) if layer else []
     self._forward = feature_pass(learn.model, layer)
     if (ddp := wrapped_ddp(learn)) is not None: ddp.require_backward_grad_sync = not self.active('sequential')   # else by `average_gradients`
+    self.probe(whole_dl(dl))
     if hasattr(learn,'lr_finder'): self._found = {o.name:deepcopy(o.state_dict()) for o in objectives}
+
+_probed = weakref.WeakSet()   # loaders that were looked at
+
+@patch
+def probe(self:UnlabeledStep, dl):
+    "Warn of transforms that hide or give away what an objective asks, once for each loader"
+    needs = tuple({n:None for o in self.objectives if o.weight>0 for n in o.needs})
+    if not needs or dl in _probed or rank_distrib(): return
+    _probed.add(dl)
+    for o in check_views(dl, needs): warn(o)
 
 @patch
 def forget_search(self:UnlabeledStep):
