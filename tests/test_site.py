@@ -31,7 +31,7 @@ def test_every_page_is_in_the_sidebar(site):
 
 def test_faults_are_found(site, tmp_path):
     docs = shutil.copytree(site[0], tmp_path/'docs')
-    for page,old,new in [('api/data.html', 'href="../api/', 'href="../api/no-'), ('api/data.html', 'id="PairedDataLoaders"', 'id="other"'), ('api/data.html', '<code>unlabeled_bs</code>', ''),
+    for page,old,new in [('api/data.html', 'href="../use.html"', 'href="../no-use.html"'), ('api/data.html', 'id="PairedDataLoaders"', 'id="other"'), ('api/data.html', '<code>unlabeled_bs</code>', ''),
             ('index.html', '<main', '<main><img src="site_libs/smalldocs.css"><i '), ('api/optimizer.html', '<p>', '<p>\n#| export\n'), ('api/schedule.html', '<p>', '<p>A picture '), ('learner_features.html', '<p>', '<p><script>')]:
         text = (docs/page).read_text(encoding='utf-8'); assert old in text, (page,old)
         (docs/page).write_text(text.replace(old, new), encoding='utf-8')
