@@ -176,7 +176,7 @@ def prepare(self:UnlabeledStep):
         given = {o.features for o in needs}-{None}
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
-    task,seed = task_of(learn.loss_func, sample_targets(learn.dls.train)),getattr(whole_dl(dl),'seed',None)
+    task,seed = task_of(learn.loss_func, sample_targets(whole_dl(learn.dls.train))),getattr(whole_dl(dl),'seed',None)
     for o in objectives: o.prepare(learn, layer, task, out.shape[-1] if isinstance(out, Tensor) else 0, seed); o.see_data(learn.dls)
     with preserved():   # views may draw
         for o in objectives: o.check(learn, x)
