@@ -1,5 +1,5 @@
 "The site builds, and nothing is broken or lost in it"
-import re,shutil,subprocess,sys
+import ast,re,shutil,subprocess,sys
 from pathlib import Path
 import pytest
 pytest.importorskip('smalldocs', reason='smalldocs needs Python 3.11')
@@ -62,3 +62,11 @@ def test_addresses_come_from_the_settings(monkeypatch):
     monkeypatch.setitem(readme.cfg, 'git_url', 'https://example.org/me/it')
     assert 'pip install git+https://example.org/me/it' in readme.render(index)
     assert 'https://example.org/me/it/blob/main/sesemi_fastai/' in build_site.source_link(build_site.importlib.import_module('sesemi_fastai.schedule').PolyWarmup)
+
+def test_messages_use_the_fields_words():
+    # What the package prints, warns and raises; the pages have its docstrings
+    faults = []
+    for o in sorted((root/'sesemi_fastai').glob('*.py')):
+        for c in ast.walk(ast.parse(o.read_text(encoding='utf-8'))):
+            if isinstance(c, ast.Constant) and isinstance(c.value, str): faults += [f'{o.name}, line {c.lineno}: {w}' for w in check_site.wrong_words(c.value)]
+    assert not faults, '\n'.join(faults)

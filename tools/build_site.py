@@ -233,7 +233,8 @@ def mend(page):
 
 def build(dst=docs, stage_to=proc):
     "The whole site; returns the names that have entries, and the renderer's warnings"
-    from smalldocs.site import build as render
+    try: from smalldocs.site import build as render
+    except ImportError: sys.exit('smalldocs, which renders the pages, is not installed: it needs Python 3.11 or newer; then `make site` installs it.')
     index = stage(stage_to); site = render(stage_to, quiet=True)
     shutil.rmtree(dst, ignore_errors=True); shutil.move(site.out, dst)
     for o in dst.rglob('*.html'): o.write_text(mend(o.read_text(encoding='utf-8')), encoding='utf-8')
