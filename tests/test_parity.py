@@ -24,7 +24,7 @@ def reference_loop(arch, state, head_state, data):
     head = nn.Linear(net.fc.in_features, 4); head.load_state_dict(head_state)
     fc,net.fc = net.fc,nn.Identity()
     params = [*net.parameters(), *fc.parameters(), *head.parameters()]
-    opt = torch.optim.SGD(params, lr=1., momentum=.9, nesterov=True, weight_decay=5e-4)
+    opt = torch.optim.SGD(params, lr=1., momentum=.9, nesterov=True, weight_decay=5e-4, fused=True)
     net.train(); lrs = []
     for t,(x,y,u) in enumerate(data):
         views,targets = [],[]

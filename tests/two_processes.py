@@ -78,6 +78,7 @@ if __name__=='__main__':
     facts['model'] = learn.model.state_dict()
     facts['nan'] = fit(learner(data(4,2), Nan(), TerminateOnNaNCallback()))['steps_done']
     for backward in ('joint','sequential'): facts['unused '+backward] = fit(learner(data(4,2), backward=backward), 2, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    facts['too few'] = error(lambda: fit(learner(data(16,2))))
+    dls = data(4,2); dls.train.bs = 16
+    facts['too few'] = error(lambda: fit(learner(dls)))
     torch.save(facts, f'{sys.argv[1]}/rank-{rank}.pt')
     torch.distributed.destroy_process_group()
