@@ -82,7 +82,8 @@ def test_bfloat16(dls, name, backward):
     full,low = make(dls, [*family[name](backward=backward), Grads()], norm=True),make(dls, [*family[name](backward=backward), BFloat16(), Grads(), Types()], norm=True)
     for o in (full,low): o.fit(1, 0.)
     nm = objective(full).name
-    assert {d for d,training in seen if training}=={torch.bfloat16} and {g.dtype for g in low.grads.seen}=={torch.float32} and not torch.is_autocast_enabled('cpu')
+    assert {d for d,training in seen if training}-({torch.float32} if name=='vat' else set())=={torch.bfloat16}   # VAT looks for its direction in full precision
+    assert {g.dtype for g in low.grads.seen}=={torch.float32} and not torch.is_autocast_enabled('cpu')
     if name not in ('pseudo_label','fixmatch','fixmatch_free'): assert column(low, f'{nm}_loss')==pytest.approx(column(full, f'{nm}_loss'), rel=.1, abs=.02)   # those have thresholds, over which rounding can carry
     cos = torch.cosine_similarity(low.grads.seen[0], full.grads.seen[0], dim=0); assert cos>.9, cos
 
@@ -193,11 +194,13 @@ def test_nan_in_one_of_three(dls, capsys, bad):
     "`TerminateOnNaNCallback`: the fit ends with one sentence that names the objective; without it, training goes on and a warning names it"
     learn = make(dls, [*three(bad, 1), TerminateOnNaNCallback()]); learn.fit(2, 1e-3)
     assert capsys.readouterr().out.strip()==f'{bad}_loss is nan at epoch 0, step 1: stopped.' and len(learn.recorder.losses)==1
+    if bad!='entropy': return   # the slow part once
+    data = PairedDataLoaders.from_folder(dls.path, size=32, unlabeled_bs=2, bs=2, num_workers=0, seed=0, n_steps=51, verbose=False)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
-        learn = make(dls, three(bad, 50)); learn.fit(18, 1e-4)   # 54 steps
+        learn = make(data, three(bad, 50)); learn.fit(1, 1e-4)
     said = [str(o.message) for o in said if '_loss was not finite' in str(o.message)]
-    assert len(learn.recorder.losses)==54 and said and said[0].startswith(f'{bad}_loss was not finite in ') and said[0].count('. ')==0, said
+    assert len(learn.recorder.losses)==51 and len(said)==1 and said[0].startswith('entropy_loss was not finite in 1 of the last 51 steps') and '. ' not in said[0], said
 
 @pairs(1)
 def test_batch_of_one(dls, name, backward):
