@@ -15,7 +15,7 @@ slow: $(VENV)/.installed
 
 # Runs that are killed at random moments; writes tests/results/kills.json
 kills: $(VENV)/.installed
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests/test_resume.py -m slow
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests/test_resume.py tests/test_objectives_resume.py -m slow
 
 # Does a test notice when the package is broken? Writes tests/results/mutants.json
 mutants: $(VENV)/.installed
