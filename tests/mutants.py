@@ -268,6 +268,7 @@ mutants = [
     M('run', "            check_finite(learn.model)\n", "", 'test_errors.py::test_weights_that_are_not_finite_in_the_end'),
     M('run', "if made and not _worth_keeping(folder):", "if False:", 'run'),
     M('run', "if (why := failed_run(folder)): raise", "if False: raise", 'run'),
+    M('imagewang', "if args['no_val']: given['val_in_pool'] = False", "pass", 'test_runs.py::test_no_val_of_the_command'),
     M('imagewang', "seed=cfg.seed+i", "seed=cfg.seed", 'test_runs.py::test_command_with_baseline'),
     M('imagewang', "            if o.is_dir(): o.rmdir()\n", "            pass\n", 'imagewang'),
     M('imagewang', "    ResumeTraining(Path(args['out'] or '.')/'resume', args['save_every'])\n", "", 'test_errors.py::test_mistakes_that_are_known_before_anything_is_read'),
