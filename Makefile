@@ -3,19 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow kills mutants bench prepare readme site clean
+.PHONY: demo test slow kills mutants bench prepare readme site tutorials clean
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/sesemi_imagewang --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n 2 --dist worksteal -q --disable-warnings tests
 
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests -m slow
 
 # Runs that are killed at random moments; writes tests/results/kills.json
 kills: $(VENV)/.installed
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests/test_resume.py -m slow
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q --disable-warnings tests/test_resume.py tests/test_objectives_resume.py -m slow
 
 # Does a test notice when the package is broken? Writes tests/results/mutants.json
 mutants: $(VENV)/.installed
@@ -34,13 +34,14 @@ prepare: $(VENV)/.installed
 readme: $(VENV)/.installed
 	$(BIN)/python tools/readme.py
 
-# Pages in _docs, without Quarto. One notebook at a time: in parallel an error in one silently drops others
+# Pages in _docs, checked; what is wrong with them is listed, and is an error
 site: $(VENV)/.installed
-	$(BIN)/python -m pip install -q 'smalldocs>=0.5'
-	rm -rf _proc _docs
-	$(BIN)/python -W ignore -c 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)'
-	$(BIN)/smalldocs render -q _proc
-	mv _proc/_site _docs
+	$(BIN)/python -W ignore tools/build_site.py
+
+# Execute the pages that show outputs, and keep those
+tutorials: $(VENV)/.installed
+	$(BIN)/python -W ignore tools/tutorials.py $(PAGES)
+	$(BIN)/nbdev-clean
 
 $(VENV)/.installed: settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

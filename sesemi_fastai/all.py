@@ -13,6 +13,7 @@ from .streams import *
 from .distributed import *
 from .folders import *
 from .data import *
+from .probe import *
 from .samples import *
 from .features import *
 from .batchnorm import *
@@ -24,9 +25,11 @@ from .unlabeled import *
 from .losses import *
 from .weighting import *
 from .strong import *
+from .ema import *
 from .pretext import *
 from .prediction import *
 from .embedding import *
+from .ema import *
 from .show import *
 from .optimizer import *
 from .schedule import *
@@ -35,8 +38,10 @@ from .learner import *
 from .report import *
 from .run_report import *
 from .checkpoint import *
+from .signals import TrainingStopped
 from .resume import *
 from .objective_text import *
+from .progress import *
 from .run import *
 from .imagewang import *
 from .duplicates import *
@@ -47,8 +52,8 @@ from .doctor_report import *
 
 # %% ../nbs/17_all.ipynb #ca20a907
 _data = ['PairedDataLoaders','BadImageError','BadArchiveError','find_images','read_rgb','get_data','class_names','list_caches']
-_objectives = ['RotationPretext','JigsawPretext','EntropyMin','PseudoLabel','PiModel','MeanTeacher','VAT','FixMatch','BarlowTwins',
-               'UnlabeledObjective','PretextObjective','StrongObjective','rotations','find_feature_layer']
+_objectives = ['RotationPretext','JigsawPretext','EntropyMin','PseudoLabel','PiModel','MeanTeacher','VAT','FixMatch','BarlowTwins','EMA',
+               'UnlabeledObjective','PretextObjective','StrongObjective','StrongAugment','rotations','find_feature_layer']
 _training = ['sesemi_learner','get_arch','resnet10','replace_classifier','NesterovSGD','PolyWarmup','BFloat16','BatchNormGroups','StepSeed','PlainProgress']
 _runs = ['ResumeTraining','TrainingStopped','CheckpointError','DivergedError','RunConfig','train_run','read_runs','plot_run','run_report','write_report','sesemi_imagewang']
 _doctor = ['doctor','report_table','write_doctor_html','write_exclude_list','trained_learner','sesemi_doctor']

@@ -97,6 +97,18 @@ class ImageCache:
         have = self.index[['size','mtime']].tolist()
         return [f for f,o in zip(files,stats) if (i := self.rows.get(os.fspath(f))) is None or have[i]!=o]
 
+    def others(self,
+        files # Paths below `root`
+    )->dict: # Path to its size and time
+        "Files beside `files` that are here as they are now"
+        mine,have,res = set(map(os.fspath, files)),self.index[['size','mtime']].tolist(),{}
+        for f,i in self.rows.items():
+            if f in mine: continue
+            try: st = _file_stat(f)
+            except BadImageError: continue   # it is gone, and its image goes too
+            if st==have[i]: res[Path(f)] = st
+        return res
+
     def __call__(self, path):
         "The image of `path`, compared with its checksum the first time; from the file where the cache has none, or a damaged one"
         i = self.rows.get(os.fspath(path)) if isinstance(path, (str,Path)) else None
@@ -104,7 +116,7 @@ class ImageCache:
         seen = self.seen.numpy()
         if not seen[i]:
             if not self._whole(i):
-                warn(f"The cache {self.folder} holds a damaged image of {printable(path)}, which is decoded from its file: delete that folder to have it made again.")
+                warn(f"The cache {self.folder} holds a damaged image of {printable(path)}, which is decoded from its file: delete that folder to have it rebuilt.")
                 return self.decode(path)
             seen[i] = 1
         return self._image(i)
@@ -130,19 +142,20 @@ def _n_bytes(path, decode):
         short = min(im.size) if decode.stays(im.size) else decode.side
         return 3*short*short*min(32, max(im.size)/min(im.size))
 
-def _write_cache(part, files, names, stats, decode, n_threads):
-    "Decode `files` into the folder `part`"
+def _write_cache(part, stats, read, root, side, n_threads):
+    "Write the images that `read` gives for the files of `stats`, a dict, into the folder `part`"
+    files = list(stats)
     index,o = np.zeros(len(files), _row),0
-    index['size'],index['mtime'] = zip(*stats)
+    index['size'],index['mtime'] = zip(*stats.values())
     with open(part/'pixels.bin','wb') as f:
-        for i,px in enumerate(_bar(_in_order(decode, files, n_threads), len(files))):
+        for i,px in enumerate(_bar(_in_order(read, files, n_threads), len(files))):
             f.write(px)
             index[['offset','h','w','crc']][i] = (o, *px.shape[:2], zlib.crc32(px))
             o += px.nbytes
         f.flush(); os.fsync(f.fileno())
     np.save(part/'index.npy', index)
-    meta = dict(what='images decoded by sesemi_fastai; may be deleted, and is made again when needed', version=_version, pillow=PIL.__version__,
-                side=decode.side, bytes=o, names=names)
+    meta = dict(what='images decoded by sesemi_fastai; may be deleted, and is rebuilt when needed', version=_version, pillow=PIL.__version__,
+                side=side, bytes=o, names=[os.path.relpath(f, root) for f in files])
     (part/'cache.json').write_text(json.dumps(meta|dict(key=_key(meta, index))))
 
 def _swap(part, folder, old):
@@ -152,18 +165,29 @@ def _swap(part, folder, old):
         folder.rename(old)
     part.rename(folder)
 
-def _build(folder, root, files, stats, decode, n_threads, why):
-    "Make the cache `folder`, under its lock"
+def _plan_cache(stats, old, decode, n_threads, free):
+    "Files of the cache to be, how to read each, how many are decoded, and how many bytes it takes"
+    if old is None: new,other = list(stats),{}
+    else: new,other = old.lacks(stats, stats.values()),old.others(stats)
+    lack = set(new)
+    size = lambda f: 3*math.prod(old.index[['h','w']][old.rows[os.fspath(f)]].tolist())
+    need = math.ceil(sum(_in_order(partial(_n_bytes, decode=decode), new, n_threads)))+sum(size(f) for f in stats if f not in lack)
+    if need+(more := sum(map(size, other)))>free: other,more = {},0   # then only what is asked for
+    return stats|other,(lambda f: decode(f) if f in lack else old(f)),len(new),need+more
+
+def _build(folder, root, stats, decode, n_threads, why, old=None):
+    "Make the cache `folder`, under its lock; what `old`, the one that is there, holds of files as they are now is taken over"
     for o in folder.parent.glob(f'.{folder.name}-*.part'): shutil.rmtree(o, ignore_errors=True)   # of a process that was killed
-    need,free = math.ceil(sum(_in_order(partial(_n_bytes, decode=decode), files, n_threads))),shutil.disk_usage(folder.parent).free
+    free = shutil.disk_usage(folder.parent).free
+    stats,read,n_new,need = _plan_cache(stats, old, decode, n_threads, free)
     if need>free: raise OSError(errno.ENOSPC, f'{need/1e9:.1f} GB are needed and {free/1e9:.1f} GB are free')
-    print(f"{why}Caching {len(files):,} decoded images, {need/1e6:,.0f} MB, in {folder}", flush=True)
-    part,old = (Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', suffix='.part', dir=folder.parent)) for _ in range(2))
+    print(f"{why}Caching {n_new:,} decoded images{f' beside {len(stats)-n_new:,}' if len(stats)>n_new else ''}, {need/1e6:,.0f} MB, in {folder}", flush=True)
+    part,to = (Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', suffix='.part', dir=folder.parent)) for _ in range(2))
     try:
-        _write_cache(part, files, [os.path.relpath(f, root) for f in files], stats, decode, n_threads)
-        _swap(part, folder, old/'old')
+        _write_cache(part, stats, read, root, decode.side, n_threads)
+        _swap(part, folder, to/'old')
     finally:
-        for o in (part,old): shutil.rmtree(o, ignore_errors=True)
+        for o in (part,to): shutil.rmtree(o, ignore_errors=True)
 
 # %% ../nbs/02_cache.ipynb #e59b64e1
 def cache_home()->Path:
@@ -192,25 +216,26 @@ def open_cache(
     cache:str|Path=None, # Folder for caches; `cache_home()` by default, and False for none
     n_threads:int=None # Threads that decode; one a core by default
 ): # Function from a path to `(H,W,3)` uint8
-    "The cache of `files`, made or made again where need be; without one, with a warning, where it can't be written"
+    "The cache of `files`, made where need be, or completed by what it lacks; without one, with a warning, where it can't be written"
     decode,root,files = DecodeImage(side),Path(root),list(dict.fromkeys(files))
     if cache is False: check_images(files); return decode
-    folder,stats = _cache_folder(root, side, cache),[*map(_file_stat, files)]
+    folder,stats = _cache_folder(root, side, cache),{f:_file_stat(f) for f in files}
     home = folder.parent
-    def ready():
+    def look():
+        "The cache that is there, and why it doesn't do as it is"
         if not folder.exists(): return None,''
-        try:
-            res = ImageCache(folder, root, side)
-            why = f'lacks {n:,} files as they are now' if (n := len(res.lacks(files, stats))) else ''
-        except StaleCache as e: why = str(e)
-        return (None,f'The cache {folder} {why}. ') if why else (res,'')
-    if (res := ready()[0]): return res
+        try: old = ImageCache(folder, root, side)
+        except StaleCache as e: return None,f'The cache {folder} {e}. '
+        n = len(old.lacks(files, stats.values()))
+        return old,f'The cache {folder} lacks {n:,} files as they are now. ' if n else ''
+    old,why = look()
+    if old and not why: return old
     try:
         home.mkdir(parents=True, exist_ok=True)
         with _lock(home/f'.{folder.name}.lock'):
-            res,why = ready()
-            if res: return res
-            _build(folder, root, files, stats, decode, n_threads or defaults.cpus, why)
+            old,why = look()
+            if old and not why: return old
+            _build(folder, root, stats, decode, n_threads or defaults.cpus, why, old)
             return ImageCache(folder, root, side)
     except (OSError, NotImplementedError) as e:
         warn(f"Images can't be cached in {home} ({getattr(e,'strerror',None) or e}): each is decoded whenever it is needed, with the same result; name another folder with cache=..., or use cache=False.")
@@ -240,5 +265,5 @@ def list_caches(
     res = []
     for o in sorted(Path(cache or cache_home()).glob('*/cache.json')):
         try: m = json.loads(o.read_text()); res.append(dict(folder=o.parent, side=m['side'], images=len(m['names']), bytes=m['bytes']))
-        except (KeyError, ValueError): continue   # no cache, or one that is made again when it is opened
+        except (KeyError, ValueError): continue   # no cache, or one that is rebuilt when it is opened
     return res

@@ -63,6 +63,7 @@ class ShardedDL(DistributedDL):
     def __iter__(self):
         if self.n_steps is None: yield from super().__iter__()
         else: yield from seeded_batches(self.dl, super().__iter__(), self.device, *filter(None, [self.rank]))
+    def wif(self): self.dl.wif()
     def _broadcast(self, t, rank):
         t = LongTensor(t).to(self.device)
         torch.distributed.broadcast(t, rank)

@@ -15,10 +15,10 @@ from .images import *
 _css = """
 .sesemi{--ink:#222;--quiet:#666;--line:#ddd;--back:#fff;--bar:#7a9cc6;font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:1060px;margin:0 auto;padding:0 1.2em}
 @media(prefers-color-scheme:dark){.sesemi{--ink:#ddd;--quiet:#999;--line:#444;--back:#181818;--bar:#4f6f98}body:has(>.sesemi){background:#181818}}
-.sesemi h1{font-size:1.6em;margin:1.5em 0 0} .sesemi h2{font-size:1.15em;margin:2.4em 0 .2em;border-top:1px solid var(--line);padding-top:1.2em}
+.sesemi h1{font-size:1.6em;margin:1.5em 0 0;overflow-wrap:anywhere} .sesemi h2{font-size:1.15em;margin:2.4em 0 .2em;border-top:1px solid var(--line);padding-top:1.2em}
 .sesemi p{margin:.2em 0} .sesemi .quiet{color:var(--quiet)} .sesemi a{color:inherit}
 .sesemi .scroll{overflow-x:auto;margin:1.2em 0} .sesemi table{border-collapse:collapse} .sesemi td,.sesemi th{padding:.25em 1.2em .25em 0;vertical-align:top;text-align:left;border-bottom:1px solid var(--line)}
-.sesemi img{max-width:100%} .sesemi .plot{width:100%;background:#fff;margin:.8em 0} .sesemi .rows{display:flex;flex-wrap:wrap;gap:14px;margin-top:.9em} .sesemi .row{border:1px solid var(--line);border-radius:6px;padding:8px;max-width:100%;box-sizing:border-box}
+.sesemi td:first-child{min-width:7em} .sesemi img{max-width:100%} .sesemi .plot{width:100%;background:#fff;margin:.8em 0} .sesemi .rows{display:flex;flex-wrap:wrap;gap:14px;margin-top:.9em} .sesemi .row{border:1px solid var(--line);border-radius:6px;padding:8px;max-width:100%;box-sizing:border-box}
 .sesemi .images{display:flex;flex-wrap:wrap;gap:6px} .sesemi figure{margin:0;width:112px} .sesemi figure img{display:block;max-width:112px;max-height:96px} .sesemi .four{width:auto} .sesemi .four img{display:inline-block;max-width:76px;max-height:76px;margin-right:3px}
 .sesemi figcaption{font-size:11px;color:var(--quiet);overflow-wrap:anywhere;line-height:1.25;margin-top:3px} .sesemi .note{font-size:12px;margin-top:4px}
 .sesemi .bar{display:inline-block;height:.8em;background:var(--bar);margin-right:.5em}"""

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['random_key', 'preserved', 'reseed', 'seeded', 'LoaderOrder', 'EpochSamples', 'epoch_samples', 'whole_dl',
-           'seeded_batches', 'StreamDL']
+           'seeded_batches', 'StreamDL', 'steady_worker', 'steady_loader']
 
 # %% ../nbs/03_streams.ipynb #3f0c52aa
 from fastai.vision.all import *
 from fastai.data.load import _FakeLoader
 from torch.utils.data import get_worker_info
 from contextlib import nullcontext
-import hashlib
+import hashlib,multiprocessing,signal
 from .images import *
 
 # %% ../nbs/03_streams.ipynb #ec3382a0
@@ -252,10 +252,6 @@ class StreamDL(TfmdDL):
         try: return super().one_batch()
         finally: self.epoch,self.n_skip = epoch,skip
 
-    def __getstate__(self):
-        "Without the iterator of a pass that isn't over, which can't be duplicated"
-        return {k:v for k,v in vars(self).items() if k!='it'}
-
     def batch_of_one(self,
         n:int=9 # Images in the batch
     ):
@@ -264,3 +260,34 @@ class StreamDL(TfmdDL):
             self.before_iter()
             b = self.do_batch([self.do_item(i*self.n if self.shuffle else 0) for i in range(n)])
             return self.after_batch(to_device(b, self.device) if self.device else b)
+
+    def __getstate__(self):
+        "Without the iterator of a pass that isn't over, which can't be duplicated"
+        return {k:v for k,v in vars(self).items() if k!='it'}
+
+# %% ../nbs/03_streams.ipynb #35cac778
+def steady_worker():
+    "Let this worker process outlast Ctrl-C and the first SIGTERM that doesn't come from the process that started it"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal,'sigwaitinfo'): return   # macOS and Windows, where a signal doesn't tell its sender
+    def watch(n=0):
+        while n<2: n += 2 if signal.sigwaitinfo([signal.SIGTERM]).si_pid==parent.pid else 1
+        os._exit(0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])   # left to the thread that waits for it
+    threading.Thread(target=watch, daemon=True).start()
+
+@patch
+def wif(self:StreamDL): steady_worker()
+
+def _steady(init): steady_worker(); init()
+
+def steady_loader(
+    dl # A loader
+): # `dl`, or a shallow copy of it
+    "`dl` with workers that are steady"
+    fake = getattr(dl,'fake_l',None)
+    if fake is None or not fake.num_workers or fake.persistent_workers or isinstance(whole_dl(dl), StreamDL): return dl
+    res,new = copy(dl),copy(fake)
+    new.d,new.dataset,res.fake_l,res.wif = res,new,new,partial(_steady, res.wif)
+    return res

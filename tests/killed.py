@@ -1,10 +1,11 @@
-"A training process that is killed at a given moment, and what it leaves; started by `test_resume.py` from a fork server that has everything imported"
-import multiprocessing,os,random,signal,sys
+"A training process that is killed or stopped at a given moment, and what it leaves; started by `test_resume.py` from a fork server that has everything imported"
+import multiprocessing,os,random,signal,sys,time
 from pathlib import Path
 import torch
-from fastai.vision.all import Callback,ProgressCallback,noop
+from torch import nn
+from fastai.vision.all import Callback,ProgressCallback,noop,params
 import sesemi_fastai.checkpoint as checkpoint
-from sesemi_fastai.all import ResumeTraining,RotationPretext,RunConfig
+from sesemi_fastai.all import EMA,ResumeTraining,RunConfig,TrainingStopped
 from sesemi_fastai.distributed import local_first,on_processes
 
 EPOCHS,STEPS = 2,5
@@ -13,13 +14,18 @@ PLACES = ['after_loss','before_step','after_batch','before_validate','validation
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 class Kill(Callback):
-    "SIGKILL at `place`, at the `n`-th time that it is passed"
+    "SIGKILL at `place`, at the `n`-th time that it is passed; with `pause`, to wait there for a signal from outside"
     order = ProgressCallback.order   # where callbacks stand that change no result
-    def __init__(self, place, n): self.place,self.left = place,n
+    def __init__(self, place, n, pause=None): self.place,self.left,self.pause = place,n,pause
     def passed(self, place):
         if place!=self.place: return
         self.left -= 1
-        if self.left==0: die()
+        if self.left!=0: return
+        if self.pause is None: die()
+        Path(self.pause).touch(); end = time.time()+30
+        stop = self.learn.resume_training._fit.stop
+        while not stop.got and time.time()<end: time.sleep(.01)
+        time.sleep(.3)   # for signals to other processes of the group to take effect
     def after_loss(self): self.passed('after_loss' if self.training else 'validation')
     def before_step(self): self.passed('before_step')
     def after_batch(self): self.passed('after_batch' if self.training else None)
@@ -48,25 +54,42 @@ def random_moment(rng):
     "A place, and how many times it is passed before; soon, so that many fit into a run"
     return rng.choice(PLACES),rng.randint(1,3)
 
-def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnull, rank=0, port=None):
-    "Train, or go on, and leave in `out` all that a run ends with; the first process dies at `moment`"
+def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnull, rank=0, port=None, pause=None, tune=False):
+    "Train, or go on, and leave in `out` all that a run ends with; the first process dies, or is stopped, at `moment`"
     sys.stdout = sys.stderr = open(log, 'a')
+    if pause: os.setpgid(0, 0)   # a group of its own, with its workers
     if port: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
     multiprocessing.set_start_method('fork', force=True)   # for the loaders' workers: a fork server of their own would import everything again
-    cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10', unlabeled_bs=4, steps=STEPS, lr=.05)|kw))
+    cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10', unlabeled_bs=4, steps=STEPS, lr=.05, backward=backward)|kw))
     dls = local_first(cfg.dls); learn = cfg.learner(dls)
     learn.remove_cb(ProgressCallback); learn.logger = noop
-    learn.add_cb(RotationPretext(backward=backward))
+    objectives = cfg.objectives()
+    learn.add_cbs(objectives+([EMA(cfg.ema)] if cfg.ema else []))
     kill = []
     if rank: moment = None
     if moment and moment[0]=='writing': kill_while_writing(moment[1])
-    elif moment: kill = [Kill(*moment)]
-    with on_processes(learn): learn.fit_poly_warmup(cfg.epochs, cfg.lr, cbs=[ResumeTraining(Path(out).with_suffix('')/'ckpt', every), *kill])
+    elif moment: kill = [Kill(*moment, pause)]
+    cbs = [ResumeTraining(Path(out).with_suffix('')/'ckpt', every), *kill]
+    try:
+        with on_processes(learn):
+            if tune:
+                learn.splitter = lambda m: [params(nn.Sequential(*list(m.children())[:-1])), params(m.fc)]
+                learn.fine_tune(cfg.epochs, freeze_epochs=1, cbs=cbs)
+            else: learn.fit_poly_warmup(cfg.epochs, cfg.lr, cbs=cbs)
+    except TrainingStopped as e: print(e, flush=True); sys.exit(128+e.signal)
     opt = learn.opt.opt.state_dict()
     with learn.no_bar(): preds = learn.get_preds()
     rec = learn.recorder
     if rank: return
     part = Path(f'{out}.part')
-    torch.save(checkpoint.pack_state(dict(model=dict(learn.model.state_dict()), opt=opt, preds=preds, values=[list(o) for o in rec.values], losses=rec.losses, hps=dict(rec.hps), lrs=rec.lrs, iters=rec.iters)), part)
+    kept = {o.name:o.state_dict() for o in objectives}|({'ema':learn.ema.n_updates} if cfg.ema else {})
+    torch.save(checkpoint.pack_state(dict(kept=kept, model=dict(learn.model.state_dict()), opt=opt, preds=preds, values=[list(o) for o in rec.values], losses=rec.losses, hps=dict(rec.hps), lrs=rec.lrs, iters=rec.iters)), part)
     os.replace(part, out)
+
+def leave_open(folder):
+    "A pass of a loader with workers that is given up, and another that is open when the process ends"
+    multiprocessing.set_start_method('fork', force=True)
+    dls = RunConfig(str(folder), 'noise', size=32, arch='resnet10', unlabeled_bs=4, num_workers=2).dls()
+    for _ in range(2): passes.append(iter(dls.train)); next(passes[-1]); del passes[:-1]
+passes = []

@@ -109,6 +109,42 @@ def test_changed_file_between_runs(folder, tmp_path, capsys):
     read = reader(dls)
     assert isinstance(read, ImageCache) and (read(f)==[9,99,200]).all()
 
+def decoding(monkeypatch):
+    "A list of the files that are decoded from now on"
+    res,decode = [],module.DecodeImage.__call__
+    monkeypatch.setattr(module.DecodeImage, '__call__', lambda self, path: res.append(path) or decode(self, path))
+    return res
+
+def test_pools_that_take_turns(folder, tmp_path, monkeypatch, capsys):
+    "Each pool is decoded once; the cache holds what all of them need, and serves a part of it"
+    home,files,decoded = tmp_path/'home',find_images(folder),decoding(monkeypatch)
+    a,b = files[:25],files[15:]
+    for fs,n in ((a,25),(b,14),(a,0),(b,0),(files[3:9],0)):
+        decoded.clear(); read = open_cache(fs, folder, 32, home); assert len(decoded)==n, len(fs)
+    read.verify(); assert len(read)==39 and len(list_caches(home))==1 and 'Caching 14 decoded images beside 25' in capsys.readouterr().out
+    monkeypatch.undo(); same_images(read, folder)
+
+def test_what_changed_or_went_is_not_kept(folder, tmp_path, monkeypatch):
+    "Images of other files are kept only while their files are as they were; a damaged one is decoded again"
+    home,files = tmp_path/'home',find_images(folder)
+    open_cache(files[:30], folder, 32, home)
+    Image.new('RGB', (40,48), (9,99,200)).save(files[1]); files[2].unlink()
+    mine = list_caches(home)[0]['folder']
+    at = np.load(mine/'index.npy')[4]['offset']+99                              # one that opening doesn't look at
+    with open(mine/'pixels.bin','r+b') as f: f.seek(at); b = f.read(1)[0]; f.seek(at); f.write(bytes([b^64]))
+    decoded = decoding(monkeypatch)
+    with pytest.warns(UserWarning, match='damaged image'): cache = open_cache(files[30:], folder, 32, home)
+    assert sorted(decoded)==sorted([*files[30:], files[4]])
+    cache.verify(); assert len(cache)==37 and {os.fspath(files[1]),os.fspath(files[2])}.isdisjoint(cache.rows)
+    monkeypatch.undo(); same_images(open_cache(find_images(folder), folder, 32, home), folder)
+
+def test_a_disk_too_small_for_both_pools(folder, tmp_path, monkeypatch):
+    "Where the disk has space for one pool alone, that one is cached"
+    home,files = tmp_path/'home',find_images(folder)
+    open_cache(files[:25], folder, 32, home)
+    monkeypatch.setattr(module.shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9,10**9,20*40*48*3))
+    assert len(open_cache(files[25:], folder, 32, home))==14
+
 def test_damaged_image(folder, tmp_path):
     "Bytes that changed on disk where opening doesn't look are never served: that image comes from its file, with a warning, and all others from the cache"
     home = tmp_path/'home'

@@ -4,7 +4,7 @@ import pytest
 import fastai.vision.all as fastai_all
 import sesemi_fastai,sesemi_fastai.all as ours
 
-contract = '''PairedDataLoaders RotationPretext JigsawPretext EntropyMin PseudoLabel PiModel MeanTeacher VAT FixMatch BarlowTwins NesterovSGD PolyWarmup
+contract = '''PairedDataLoaders RotationPretext JigsawPretext EntropyMin PseudoLabel PiModel MeanTeacher VAT FixMatch BarlowTwins EMA NesterovSGD PolyWarmup
 sesemi_learner rotations ResumeTraining sesemi_imagewang sesemi_doctor doctor BFloat16 BatchNormGroups BadImageError CheckpointError RunConfig train_run write_report'''.split()
 modules = sorted(o.name for o in pkgutil.iter_modules(sesemi_fastai.__path__) if o.name not in ('all','_modidx'))
 

@@ -1,5 +1,5 @@
 "A run that is killed, at any moment, ends as the run that was never stopped: bitwise"
-import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex,signal,socket,subprocess,sys,time
+import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex,shutil,signal,socket,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
 from torch import nn
@@ -73,6 +73,91 @@ def test_killed_with_two_ranks_and_the_fast_recipe(processes, folder, tmp_path):
     pytest.importorskip('accelerate')
     survive(processes, folder, tmp_path, [('before_step',7)], dict(num_workers=0, recipe='fast', cache='none'), every=2, ranks=2)
 
+def stopped(processes, folder, out, kw, moment, signals, to_group=True, **more):
+    "How a run ended that waited at `moment`, where `signals` were sent to it and its workers, as a scheduler or a terminal does"
+    pause = out.with_suffix('.pause'); pause.unlink(missing_ok=True)
+    p = processes.Process(target=killed.train, args=(folder, out, kw), kwargs=dict(moment=moment, pause=pause)|more); p.start()
+    end = time.time()+120
+    while not pause.exists() and p.is_alive(): assert time.time()<end; time.sleep(.02)
+    for s in signals if pause.exists() else []: (os.killpg if to_group else os.kill)(p.pid, s)
+    p.join(120); assert p.exitcode is not None, 'the process hangs'
+    return p.exitcode
+
+@pytest.mark.parametrize('moment,sig,saved', [(('after_loss',4),signal.SIGTERM,'after step 4 of 5; saved'), (('validation',1),signal.SIGINT,'after step 5 of 5; saved')])
+def test_signal_to_the_process_group(processes, folder, tmp_path, moment, sig, saved):
+    "Workers outlast it, also those of validation; the step is finished, the state saved, and nothing else is in the folder"
+    log,kw,out = tmp_path/'log',dict(num_workers=2),tmp_path/'cut.pt'
+    assert run(processes, folder, tmp_path/'whole.pt', kw, log=log)==0, log.read_text()
+    assert stopped(processes, folder, out, kw, moment, [sig], log=log, every=100)==128+sig, log.read_text()[-2000:]
+    assert saved in log.read_text() and 'killed by signal' not in log.read_text() and 'Traceback' not in log.read_text(), log.read_text()
+    ckpt = tmp_path/'cut/ckpt'; assert [o.name for o in ckpt.glob('*.ckpt')] and not list(ckpt.glob('.*part'))
+    assert run(processes, folder, out, kw, log=log, every=100)==0, log.read_text()[-2000:]
+    same(load(tmp_path/'whole.pt'), load(out))
+
+def test_killed_in_the_second_fit_of_fine_tune(processes, folder, tmp_path):
+    survive(processes, folder, tmp_path, [('after_batch',8),('after_loss',3)], dict(num_workers=0), every=2, tune=True)
+
+class Signals(Callback):
+    "In a step, what `f` does"
+    order = ProgressCallback.order
+    def __init__(self, f): self.f = f
+    def after_loss(self):
+        if self.training and self.learn.train_iter==1: self.f()
+
+def small_fit(folder, *cbs):
+    cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10', unlabeled_bs=4, steps=3, num_workers=0)
+    learn = cfg.learner(cfg.dls()); learn.remove_cb(ProgressCallback); learn.logger = noop
+    learn.fit_poly_warmup(1, .05, cbs=list(cbs))
+    return learn
+
+def test_forked_process_writes_no_checkpoint(folder, tmp_path):
+    "A signal to a process that was forked within a fit goes to the handler that was there before"
+    codes = []
+    def fork():
+        pid = os.fork()
+        if pid==0:
+            try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)
+            finally: os._exit(7)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    small_fit(folder, ResumeTraining(tmp_path/'ckpt', 100), Signals(fork))
+    assert codes==[-signal.SIGTERM] and [o.name for o in (tmp_path/'ckpt').glob('*.ckpt')]==['fit-0-step-000000003-end.ckpt']
+
+def test_saved_is_said_where_it_is_true(folder, tmp_path, monkeypatch):
+    def no_space(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('sesemi_fastai.resume.write_checkpoint', no_space)
+    with pytest.raises(TrainingStopped, match='could not be saved') as e, pytest.warns(match='No space left'):
+        small_fit(folder, ResumeTraining(tmp_path/'ckpt', 100), Signals(lambda: signal.raise_signal(signal.SIGTERM)))
+    assert 'saved in' not in str(e.value).replace('could not be saved in','') and e.value.signal==signal.SIGTERM
+
+def test_second_signal_stops_at_once(folder, tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGTERM); signal.raise_signal(signal.SIGINT)
+    with pytest.raises(TrainingStopped, match='second SIGINT.*is of step 1'): small_fit(folder, ResumeTraining(tmp_path/'ckpt', 1), Signals(twice))
+
+def test_one_job_a_folder(processes, folder, tmp_path):
+    "A second job is refused in one sentence; a killed one, whose workers live on for a while, frees the folder at once"
+    log,kw,out = tmp_path/'log',dict(num_workers=2),tmp_path/'cut.pt'
+    pause = tmp_path/'pause'
+    p = processes.Process(target=killed.train, args=(folder, out, kw), kwargs=dict(moment=('after_loss',3), pause=pause, log=log, every=1)); p.start()
+    while not pause.exists(): assert p.is_alive(); time.sleep(.02)
+    with pytest.raises(CheckpointError, match='Another job is training with the checkpoints in .*cut/ckpt'): small_fit(folder, ResumeTraining(tmp_path/'cut/ckpt', 1))
+    (tmp_path/'cut/ckpt/.fit-0-step-000000009.ckpt.99999.part').touch()
+    p.kill(); p.join()
+    assert run(processes, folder, out, kw, log=log, every=1)==0, log.read_text()[-2000:]
+    assert not list((tmp_path/'cut/ckpt').glob('.*part'))
+
+def test_folder_is_forced_to_disk(tmp_path, monkeypatch):
+    "after the renaming, whose trace could otherwise be lost"
+    real,synced = os.fsync,[]
+    monkeypatch.setattr(os, 'fsync', lambda fd: (synced.append((os.path.isdir(f'/proc/self/fd/{fd}'), (tmp_path/'a.ckpt').exists())), real(fd)))
+    write_checkpoint(tmp_path/'a.ckpt', dict(a=1))
+    assert synced==[(False,False),(True,True)]
+
+def test_workers_end_with_their_process(processes, folder):
+    "Though they outlast signals: a pass that is given up, and one that is still open when the process ends"
+    p = processes.Process(target=killed.leave_open, args=(folder,)); p.start(); p.join(60)
+    assert p.exitcode==0
+
 def test_killed_twice(processes, folder, tmp_path):
     "A run that is killed again while it goes on"
     out,log = tmp_path/'cut.pt',tmp_path/'log'
@@ -80,6 +165,13 @@ def test_killed_twice(processes, folder, tmp_path):
     for m in [('after_loss',4),('after_loss',3),('before_step',2)]: assert run(processes, folder, out, dict(num_workers=0), moment=m, log=log, every=2)==-signal.SIGKILL
     assert run(processes, folder, out, dict(num_workers=0), log=log, every=2)==0
     same(load(tmp_path/'whole.pt'), load(out))
+
+def note(name, result):
+    "Keep the result of a long run"
+    results = Path(__file__).parent/'results/kills.json'
+    done = json.loads(results.read_text()) if results.exists() else {}
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps(done|{name:result}, indent=1)+'\n')
 
 class Interrupt(Callback):
     "Ctrl-C in the middle of a step, or in validation, or (step 0) before all steps"
@@ -101,7 +193,7 @@ def test_interrupt_in_a_notebook(folder, tmp_path, step, training, saved):
     saver = lambda: ResumeTraining(tmp_path/'ckpt', every=100)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(TrainingStopped, match='run the same fit again'): fit(saver(), Interrupt(step, training))
-    assert [o.name for o in (tmp_path/'ckpt').iterdir()]==([f'step-{saved:09d}.ckpt'] if saved else []) and signal.getsignal(signal.SIGINT)==handler
+    assert [o.name for o in (tmp_path/'ckpt').glob('*.ckpt')]==([f'fit-0-step-{saved:09d}.ckpt'] if saved else []) and signal.getsignal(signal.SIGINT)==handler
     a,b = fit(),fit(saver())
     same(dict(a.model.state_dict()), dict(b.model.state_dict())); assert a.recorder.values==b.recorder.values
 
@@ -150,7 +242,7 @@ def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
     whole,cut = tmp_path/'whole',tmp_path/'cut'
     subprocess.run(command(folder, whole), check=True, capture_output=True)
     p = subprocess.Popen(command(folder, cut, '--save_every', '5'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (cut/'run-1/resume').exists() or not any((cut/'run-1/resume').glob('step-*')): assert p.poll() is None; time.sleep(.02)
+    while not (cut/'run-1/resume').exists() or not any((cut/'run-1/resume').glob('*.ckpt')): assert p.poll() is None; time.sleep(.02)
     p.send_signal(signal.SIGTERM)
     out,err = p.communicate(timeout=120)
     assert p.returncode==143 and 'Stopped by SIGTERM at epoch' in err and '--resume' in err, err
@@ -167,6 +259,27 @@ def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
     imagewang_command(again[1:]); assert 'run-1: finished already' in capsys.readouterr().out
     with pytest.raises(SystemExit): imagewang_command([*again[1:], '--lr', '.3'])
     assert 'lr was 0.1, now 0.3' in capsys.readouterr().err
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers,tune', itertools.product((0,2), (False,True)))
+def test_many_random_signals(processes, folder, tmp_path, workers, tune):
+    "SIGTERM and SIGINT to the process group, mixed with SIGKILL, at random moments, until 12 were survived"
+    name = f"signals to the process group, {workers} workers{', fine_tune'*tune}"
+    rng,log,n,kw = random.Random(name),tmp_path/'log',0,dict(num_workers=workers, epochs=2, steps=6)
+    assert run(processes, folder, tmp_path/'whole.pt', kw, log=log, tune=tune)==0, log.read_text()
+    out,code,kills = tmp_path/'cut.pt',None,[]
+    while n<12:
+        place,sig = rng.choice(killed.PLACES[:-1]),rng.choice([signal.SIGTERM,signal.SIGINT,signal.SIGKILL])
+        if sig==signal.SIGKILL: code = run(processes, folder, out, kw, moment=(place,rng.randint(1,3)), log=log, every=rng.choice([1,100]), tune=tune)
+        else: code = stopped(processes, folder, out, kw, (place,1), [sig], log=log, every=rng.choice([1,100]), tune=tune)
+        assert code in (0,-signal.SIGKILL,128+sig), (place,sig,code,log.read_text()[-3000:])
+        if code==0:
+            same(load(tmp_path/'whole.pt'), load(out), f'{name} {kills}')
+            shutil.rmtree(tmp_path/'cut'); out.unlink()
+        else: n += 1; kills.append(f'{signal.Signals(sig).name} {place}')
+    assert run(processes, folder, out, kw, log=log, tune=tune)==0, log.read_text()[-2000:]
+    same(load(tmp_path/'whole.pt'), load(out), f'{name} {kills}')
+    note(name, dict(runs=1, kills={p:sum(o.endswith(p) for o in kills) for p in killed.PLACES}))
 
 CONFIGS = list(itertools.product(('reference','fast'), ('joint','sequential'), (0,2), (1,2)))
 @pytest.mark.slow
@@ -186,7 +299,4 @@ def test_many_random_kills(processes, folder, tmp_path, recipe, backward, worker
             assert code in (0,-signal.SIGKILL), (moment,code,log.read_text()[-2000:])
             if code: kills.append(moment[0])
         same(load(tmp_path/'whole.pt'), load(out), f'{name} {kills}'); n += 1
-    results = Path(__file__).parent/'results/kills.json'
-    done = json.loads(results.read_text()) if results.exists() else {}
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps(done|{name: dict(runs=n, kills={p:kills.count(p) for p in killed.PLACES})}, indent=1)+'\n')
+    note(name, dict(runs=n, kills={p:kills.count(p) for p in killed.PLACES}))

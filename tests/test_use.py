@@ -1,12 +1,14 @@
 "How people come with their data: tables, weights, test sets, few labels, other kinds of images, several inputs; and what they get when they run a cell again"
-import random,shutil,sys
+import random,shutil,time
+from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np,pandas as pd,pytest,torch
 from PIL import Image
-from fastai.callback.data import WeightedDL
-from fastai.vision.all import (CategoryBlock,ColReader,DataBlock,DataLoaders,Datasets,GrandparentSplitter,ImageBlock,ImageDataLoaders,IndexSplitter,L,Learner,PILImage,
-                               Resize,TensorImage,TfmdDL,Transform,aug_transforms,get_image_files,parent_label,retain_type)
+import fastai.callback.data # `weighted_dataloaders` and `partial_dataloaders`
+from fastai.vision.all import (CategoryBlock,DataBlock,GrandparentSplitter,ImageBlock,ImageDataLoaders,Learner,PILImage,
+                               Resize,TensorImage,TfmdDL,Transform,aug_transforms,get_image_files,parent_label)
 from sesemi_fastai.all import *
+from sesemi_fastai import images
 
 def own(folder, **kw):
     "A user's DataLoaders, with fastai's augmentation"
@@ -143,7 +145,7 @@ def test_fewer_labels_than_a_batch(folder, capsys):
 def three_way(folder):
     "DataLoaders with a test set, by fastai's own splits"
     db = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label, item_tfms=Resize(32), splitter=lambda o: [range(0,12), range(12,16), range(16,24)])
-    return db.dataloaders(folder/'train' if False else folder, bs=4, num_workers=0)
+    return db.dataloaders(folder, bs=4, num_workers=0)
 
 def test_a_test_set_is_not_trained_on(folder, capsys):
     "a third loader with labels: refused as the unlabelled one; beside unlabelled items it is kept as dls[3]"
@@ -190,7 +192,7 @@ def test_a_class_called_as_a_folder(folder, name):
     "a class folder named train, val or unsup: labelled, excluded, skipped and examined as any"
     for o in ('train','val'): (folder/o/'a').rename(folder/o/name)
     dls = from_folder(folder); assert list(dls.vocab)==sorted([name,'b'])
-    labels = {p.name if False else (p.parent.name,dls.vocab[y]) for p,y in zip(dls.valid.items, torch.cat([b[1] for b in dls.valid]).tolist())}
+    labels = {(p.parent.name,dls.vocab[y]) for p,y in zip(dls.valid.items, torch.cat([b[1] for b in dls.valid]).tolist())}
     assert labels=={(name,name),('b','b')}
     f = folder/f'train/{name}/0.png'; assert len(from_folder(folder, exclude=[f]).train.dataset)==15
     f.write_text('x'); assert [p for p,_ in from_folder(folder, on_bad_image='skip').bad_images]==[f]
@@ -274,3 +276,35 @@ def test_exports_read_as_training_does(folder, predict_alone, tmp_path):
     predict_alone(tmp_path/'x.pkl', folder/'unsup/0.png', f"""
 for k,v in torch.load({str(tmp_path/'want.pt')!r}).items(): assert torch.allclose(learn.dls.test_dl([k], num_workers=0).one_batch()[0].as_subclass(torch.Tensor), v, atol=1e-6), k
 """)
+
+# Many files
+
+def test_time_grows_with_the_files_alone(monkeypatch):
+    "finding, ordering, pairing and looking up: ten times the files take about ten times as long, and an epoch of many steps begins at once"
+    monkeypatch.syspath_prepend(str(Path(__file__).parent/'benchmarks'))
+    from names import with_names
+    a,b = with_names(quick=True)
+    assert all(b[k]<=25*a[k]+.2 for k in a), (a,b)
+    assert b['begin a labelled epoch']<.5 and b['begin an unlabelled epoch']<.5
+    start = time.process_time(); next(iter(EpochSamples(64, 64, 500_000, 3, 0, 'labeled'))); assert time.process_time()-start<.5
+
+def test_left_out_classes_are_not_walked(folder, monkeypatch):
+    "400 left-out classes: their folders are read once for the labels and not again for the pool"
+    for i in range(40): (folder/f'train/x{i}').mkdir(); shutil.copy(folder/'train/left/0.png', folder/f'train/x{i}')
+    walked,walk = [],images.os.walk
+    monkeypatch.setattr(images.os, 'walk', lambda *a, **k: ((walked.append(str(o[0])) or o) for o in walk(*a, **k)))
+    files = split_folder(folder)
+    assert sum('/x' in o.removeprefix(str(folder)) for o in walked)==40 and len(files.left_out)==41 and len(files.unlabeled)==36
+
+def test_many_heads_are_looked_at_by_several_processes(folder):
+    "more files than 20,000: heads are looked at by worker processes; the first bad one is named"
+    bad = folder/'unsup/bad.png'; bad.touch()
+    with pytest.raises(BadImageError, match='bad.png'): check_images([folder/'unsup/0.png']*20_001+[bad], 2)
+
+# Transforms that hide the answer
+
+@pytest.mark.parametrize('recipe', ['reference','fast'])
+def test_our_recipes_hide_nothing(folder, recipe, tmp_path):
+    "the pipelines of from_folder pass the probe, and fastai's with vertical flips don't"
+    assert check_views(from_folder(folder, recipe=recipe, cache=tmp_path))==[]
+    res = check_views(paired(own(folder, batch_tfms=aug_transforms(flip_vert=True)), folder/'unsup')); assert len(res)==1 and 'Dihedral' in res[0]

@@ -1,10 +1,23 @@
 "Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings and results of tests; `--check` only compares"
-import ast,json,re,statistics,sys
+import ast,csv,json,re,statistics,sys
+from configparser import ConfigParser
 from pathlib import Path
 import nbformat
 
 root = Path(__file__).parent.parent
+_parser = ConfigParser(delimiters=['=']); _parser.read(root/'settings.ini', encoding='utf-8')
+cfg = _parser['DEFAULT']
 results = root/'tests/benchmarks/results'
+
+def with_settings(
+    text:str, # Markdown
+    parts:bool=False # Whether it is a whole page, of which each paragraph is looked at
+)->str|None: # The text, or None where what it needs isn't set
+    "Fills in `{{name}}` from settings.ini; a text that begins with `<!-- needs name -->` is left out where that is empty"
+    if parts: return '\n\n'.join(o for p in text.split('\n\n') if (o := with_settings(p)) is not None)
+    m = re.match(r'<!-- needs (\w+) -->\n?', text)
+    if m and not cfg.get(m[1]): return None
+    return re.sub(r'\{\{(\w+)\}\}', lambda o: cfg[o[1]], text[m.end():] if m else text)
 
 def render(index):
     "Markdown of the index notebook's text: its prose, and its code cells as Python"
@@ -12,23 +25,36 @@ def render(index):
     for c in nbformat.reads(index, 4).cells:
         src = c.source.strip()
         if re.search(r'^#\|\s*(hide|include:\s*false|echo:\s*false)', src, re.M): continue
-        src = re.sub(r'^(#\|.*|<!-- (table|end) -->)\n?', '', src, flags=re.M).strip()
+        src = with_settings(src) if c.cell_type=='markdown' else src
+        src = re.sub(r'^(#\|.*|<!-- (table|end) -->)\n?', '', src or '', flags=re.M).strip()
         if not src: continue
         parts.append(src if c.cell_type=='markdown' else f'```python\n{src}\n```')
     text = '\n\n'.join(parts)+'\n'
-    return re.sub(r'\]\(images/', '](nbs/images/', text)
+    return re.sub(r'\]\((?![a-z]+:|#)', '](nbs/', text).replace('](nbs/about/contributing.md', '](CONTRIBUTING.md').replace('](nbs/about/changelog.md', '](CHANGELOG.md')
 
 # Page: the tests it shows, and what its first two columns are called
-pages = {'learner_features': (('matrix','distributed'), 'with', 'what is checked'), 'hard_cases': (('hard_cases',), 'data', 'outcome')}
+pages = {'learner_features': (('matrix','distributed'), 'with', 'what is checked', True), 'hard_cases': (('hard_cases',), 'data', 'outcome')}
 
-def table(tests, what, checked):
-    "A row for each test of some files: its docstring up to the first colon, the rest, its name"
-    rows = [f'| {what} | {checked} | test |','| --- | --- | --- |']
-    for o in sum((ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body for nm in tests), []):
-        if not (isinstance(o, ast.FunctionDef) and o.name.startswith('test_')): continue
-        what,_,checked = ast.get_docstring(o).partition(': ')
-        rows.append(f'| {what} | {checked} | `{o.name}` |')
-    return '\n'.join(rows)
+# Topics of the page about fastai's features, by what the name of a test says; the first that fits
+topics = {'Several processes':r'^distributed', 'Losses, targets and data':r'losses|mixup|multi_label|regression|vision_learner|data_block|datablock|weight',
+    'Precision, memory and gradients':r'bfloat|precision|channels_last|accumulation|clip|sequential|groups', 'Recording and showing':r'column|csv|plot|progress|tensorboard|wandb|summary|interpretation|validate_predict|show',
+    'Saving, stopping and going on':r'save|load|stopping|plateau|nan|cancel|two_fits|add_|cbs|export|interrupt|resume', 'Fitting and schedules':r''}
+
+def rows_of(tests):
+    "What a test's docstring says up to its first colon, the rest, its name, and the file, for each test of some files"
+    for nm in tests:
+        for o in ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body:
+            if isinstance(o, ast.FunctionDef) and o.name.startswith('test_') and ast.get_docstring(o): yield *ast.get_docstring(o).partition(': ')[::2],o.name,nm
+
+def table(tests, what, checked, topics=None):
+    "A row for each test of some files, in one table or, by topic, in several"
+    head = [f'| {what} | {checked} | test |','| --- | --- | --- |']
+    row = lambda o: f"| {o[0]} | {' '.join(o[1].split())} | `{o[2]}` |"
+    if not topics: return '\n'.join([*head, *map(row, rows_of(tests))])
+    by = {k:[] for k in topics}
+    for o in rows_of(tests): by[next(k for k,v in topics.items() if re.search(v, f'{o[3]} {o[2]}'))].append(o)
+    order = [*reversed(by)]
+    return '\n\n'.join(f"**{k}**\n\n"+'\n'.join([*head,*map(row,by[k])]) for k in order if by[k])
 
 def mutants():
     "What became of each breakage in the last run of tests/mutants.py"
@@ -56,7 +82,7 @@ def benchmarks():
     res = bench('step','pipeline','overhead','memory','growth')
     if not res: return 'Not run yet: `make bench`.'
     num = lambda v,unit: f'{v:.3g} {unit}' if v<1000 else f'{v:,.0f} {unit}'
-    rows = ['| figure | ratio | pairs | ours | other | wanted |','| --- | --- | --- | --- | --- | --- |']
+    rows = ['| figure | ratio | pairs | ours | other | target |','| --- | --- | --- | --- | --- | --- |']
     for r in (r for o in res.values() for r in o['rows']):
         spread = f" ({r['low']:.2f} to {r['high']:.2f})" if r['pairs']>1 else ''
         rows.append(f"| {r['name']} | {r['ratio']:.2f}×{spread} | {r['pairs']} | {num(r['mine'],r['unit'])} | {num(r['other'],r['unit'])} | "+(f"{'≥' if r['target']>2 else '≤'} {r['target']:.2f}× |" if r['target'] else '|'))
@@ -80,11 +106,6 @@ def accuracies():
     rows.append(f"| mean ± standard error | {m:.2f} % ± {e:.2f} | {m2:.2f} % ± {e2:.2f} |")
     return '\n'.join(rows),f"Accuracy over {len(seeds)} seeds: {m2:.2f} % with the fast recipe, {m:.2f} % with the reference; {m2-m:+.2f} points, with a standard error of {(e*e+e2*e2)**.5:.2f}."
 
-def faster():
-    "For the first page, the ratios of which something is wanted"
-    rows = [r for o in bench('step','pipeline','overhead','memory').values() for r in o['rows'] if (r['target'] or 'without workers' in r['name']) and 'reference' not in r['name']]
-    return '\n'.join(['| on two CPU cores | ratio |', '| --- | --- |', *(f"| {r['name']} | {r['ratio']:.2f}× |" for r in rows)])
-
 def baselines():
     "SESEMI and its supervised baselines of as many steps"
     one,two = (runs('imagewang-80', o) for o in ('run','baseline'))
@@ -92,6 +113,40 @@ def baselines():
     mean,sd = statistics.mean,statistics.stdev
     return '\n'.join(['| seed | SESEMI | supervised baseline, equal steps | difference |', '| --- | --- | --- | --- |', *(f'| {k} | {one[k]:.2f} % | {v:.2f} % | {one[k]-v:+.2f} |' for k,v in two.items()),
         f'| mean ± sample standard deviation | {mean(a):.2f} % ± {sd(a):.2f} | {mean(b):.2f} % ± {sd(b):.2f} | {mean(a)-mean(b):+.2f} |'])
+
+def history(folder='imagewang-80/run-1'):
+    "The table that fastai printed in a run"
+    rows = [*csv.DictReader((results/folder/'history.csv').open())]
+    rows = [{k.replace('pretext_','rotation_'):v for k,v in r.items()} for r in rows]   # as the columns are called today
+    return '\n'.join(['| '+' | '.join(rows[0])+' |', '| --- |'+' --- |'*(len(rows[0])-1), *('| '+' | '.join(f'{float(v):.4f}' if '.' in v else v for v in r.values())+' |' for r in rows)])
+
+def gain():
+    "What unlabelled images gained on Imagewang, and what they cost"
+    both = [[json.loads(o.read_text(encoding='utf-8')) for o in sorted((results/'imagewang-80').glob(f'{k}-*/results.json'))] for k in ('run','baseline')]
+    acc,sec,passes = ([[o[k] for o in rs] for rs in both] for k in ('accuracy','seconds','image_passes'))
+    mean,sd = statistics.mean,statistics.stdev
+    rows = [f"| {nm} | {mean(a):.2f} % ± {sd(a):.2f} | {mean(p):,.0f} | {mean(s)/60:.0f} min |" for nm,a,p,s in zip(('rotation on unlabelled images','supervised baseline, equal steps'),acc,passes,sec)]
+    return '\n'.join([f'| Imagewang, 64 px, {len(acc[0])} seeds | accuracy ± sample standard deviation | image passes | time on two cores |','| --- | --- | --- | --- |',*rows,'',
+        f"{mean(acc[0])-mean(acc[1]):+.1f} points with 1,275 labelled images and 12,954 in the unlabelled pool, for {mean(sec[0])/mean(sec[1]):.1f} times the time of a supervised step."])
+
+def measured_objectives():
+    "What each objective gave in the runs of tests/benchmarks/objectives.py, beside the baseline with the same seeds"
+    parts = []
+    for file in sorted((results/'objectives').glob('*.jsonl')):
+        by = {}
+        for r in map(json.loads, file.read_text(encoding='utf-8').splitlines()): by.setdefault(r['name'],{})[r['seed']] = r
+        base = by.pop('baseline',{})
+        if not base: continue
+        parts += ['', f"**{file.stem}**: {next(iter(base.values()))['steps']} steps of {next(iter(base.values()))['bs']} labelled images and unlabelled ones of as many passes; the differences are to the baseline of the same seed, ± standard error over seeds.", '',
+            '| objectives | seeds | accuracy | difference to the baseline | passes of images, times the baseline |', '| --- | --- | --- | --- | --- |']
+        for k,rs in {'baseline':base,**by}.items():
+            seeds = sorted(rs.keys()&base.keys())
+            if not seeds: continue
+            diffs = [rs[o]['accuracy']-base[o]['accuracy'] for o in seeds]
+            err = f' ± {statistics.stdev(diffs)/len(diffs)**.5:.1f}' if len(diffs)>1 else ''
+            passes = statistics.mean(rs[o]['passes'] for o in seeds)/statistics.mean(o['passes'] for o in base.values())
+            parts.append(f"| {k.replace('_',' ').replace('+',' + ')} | {len(seeds)} | {statistics.mean(rs[o]['accuracy'] for o in seeds):.1f} % | {'' if k=='baseline' else f'{statistics.mean(diffs):+.1f}{err}'} | {passes:.2f} |")
+    return '\n'.join(parts).strip() or 'Not measured yet: `python tests/benchmarks/objectives.py fashionwang`.'
 
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
@@ -102,7 +157,9 @@ def with_tables(text, tables):
 
 if __name__=='__main__':
     texts,(acc,said) = {},accuracies()
-    for name,*tables in (*((k,table(*v)) for k,v in pages.items()), ('mutants',mutants()), ('13a_resume',kills()), ('fast',benchmarks(),f'{acc}\n\n{said}'), ('index',baselines(),f'{faster()}\n\n{said}')):
+    made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),f'{acc}\n\n{said}'],
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),f'{acc}\n\n{said}']}
+    for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
     for path,text in texts.items():

@@ -12,11 +12,11 @@ from overhead import Ready
 
 archs = {o.__name__:o for o in (resnet10,resnet18,resnet50)}
 
-def learner(arch, size, ubs, backward, n=1):
+def learner(arch, size, ubs, backward, n=1, objectives=(RotationPretext,)):
     torch.manual_seed(0)
     x,y,u = torch.randn(4*ubs,3,size,size),torch.randint(10,(4*ubs,)),torch.randn(ubs,3,size,size)
     dls = DataLoaders(Ready(n, x, y), Ready(0, x, y), Ready(n, u))
-    return Learner(dls, archs[arch](num_classes=10), loss_func=nn.CrossEntropyLoss(), opt_func=NesterovSGD, cbs=RotationPretext(backward=backward))
+    return Learner(dls, archs[arch](num_classes=10), loss_func=nn.CrossEntropyLoss(), opt_func=NesterovSGD, cbs=[o(backward=backward) for o in objectives])
 
 def fit(learn):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, .001)
@@ -66,6 +66,10 @@ def run(s):
         for k,target in [('activation',.60 if not s.quick else None),('allocated',None),('resident',None)][:len(got['joint'])]:
             rows.append(ratio(f'peak {k} memory of a step, sequential against joint: {what}', [got['sequential'][k]], [got['joint'][k]], target, 'MB', 1e-6))
         raw.append(dict(what=what, bytes=got))
+        three = (RotationPretext,FixMatch,JigsawPretext)
+        alone,all_three = ([activations(learner(arch, size, ubs, 'sequential', objectives=o)) for o in several] for several in ([(o,) for o in three],[three]))
+        rows.append(ratio(f'peak activation memory of a step, three sequential objectives against the largest alone: {what}', all_three, [max(alone)], 1.1 if not s.quick else None, 'MB', 1e-6))
+        raw[-1] |= dict(objectives={o.name:b for o,b in zip(three, alone)}|{'all three':all_three[0]})
     return rows,raw
 
 if __name__=='__main__':
