@@ -8,7 +8,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CategoryBlock,Cros
     MultiCategoryBlock,ProgressCallback,RegressionBlock,Resize,SaveModelCallback,SGD,TerminateOnNaNCallback,get_image_files,noop,vision_learner)
 from torchvision.models import resnet18
 from fastai.callback.all import GradientAccumulation,GradientClip,MixUp
-from sesemi_fastai.all import BFloat16,EMA,EntropyMin,FixMatch,PairedDataLoaders,PiModel,RotationPretext,StepSeed,UnlabeledObjective
+from sesemi_fastai.all import BFloat16,EMA,EntropyMin,FixMatch,PairedDataLoaders,RotationPretext,StepSeed,UnlabeledObjective
 from test_objectives import apart,dls,equal,family
 
 def net(norm=False, n_out=2):
