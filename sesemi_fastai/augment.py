@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recipes', 'RandomGamma', 'Crop', 'SampleCrop', 'CentreCrop', 'CropBatch', 'DevelopCrops', 'valid_resize', 'Recipe',
-           'reference_recipe', 'fast_recipe', 'get_recipe']
+           'reference_recipe', 'fast_recipe', 'gentle_recipe', 'get_recipe']
 
 # %% ../nbs/01_augment.ipynb #78141da0
 from fastai.vision.all import *
@@ -186,7 +186,15 @@ def fast_recipe(
     side = valid_resize(size)
     return Recipe(SampleCrop(size), CentreCrop(size, side), [DevelopCrops.to_size(size)], reference_recipe(size).plain, side=side, native=True)
 
-recipes = dict(reference=reference_recipe, fast=fast_recipe)
+def gentle_recipe(
+    size:int=224 # Side of the crop, in pixels
+)->Recipe:
+    "The fast recipe with crops of 60 to 100 % of the area, for few labels or small images; in float32 everywhere"
+    res = fast_recipe(size)
+    res.train,res.native = SampleCrop(size, scale=(.6,1.)),False
+    return res
+
+recipes = dict(reference=reference_recipe, fast=fast_recipe, gentle=gentle_recipe)
 
 def get_recipe(
     name:str, # One of `recipes`

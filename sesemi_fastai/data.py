@@ -164,6 +164,7 @@ def from_folder(cls:PairedDataLoaders,
     num_workers:int=None, # Worker processes of the labelled stream, and for the unlabelled one a share by its batch; one a core by default, none on a CPU
     exclude=(), # Files to leave out of every stream, or a JSON file that lists them
     on_bad_image:str='error', # An image that can't be read: 'error', or 'skip' to train without it
+    labels_per_class:int=None, # Labelled images of each class, the first by name; the others are trained on without their labels where `train` is in `unlabeled`. All by default
     n_steps:int=None, # Batches in an epoch; one pass over the larger stream by default
     val_bs:int=None, # Validation images a batch; `bs` by default
     device=None, # Device of the batches; fastai's default
@@ -180,6 +181,7 @@ def from_folder(cls:PairedDataLoaders,
         bad = BadImages(bad_images(files.all() if rec.side is None else not_cached(files.all(), files.path, rec.side, cache), num_workers))
         files = files.without([p for p,_ in bad.first])
         if bad.first: _say(f"Left out {len(bad.first)} images that can't be read: "+', '.join(f'{printable(p)} ({w})' for p,w in bad.first[:5])+(', …; dls.bad_images has them all' if len(bad.first)>5 else ''), verbose)
+    if labels_per_class is not None: files = files.with_labels(labels_per_class)
     if not files.unlabeled: raise ValueError(f"{path} holds no unlabelled image in {unlabeled}: name the right folders with unlabeled=(...).")
     n = len(files.labeled)
     if bs and bs>n: raise ValueError(f"There are {n} labelled images for batches of {bs}: add images or use a smaller bs.")

@@ -44,6 +44,14 @@ class FolderFiles:
         "The class whose folder the labelled or validation image `p` is in"
         return self.label(p)
 
+    def with_labels(self, per_class):
+        "The same with the labels of the first `per_class` files of each class, in the order of their names; the pool stays as it is"
+        of = groupby(self.labeled, self.class_of)
+        if per_class<1: raise ValueError(f"labels_per_class={per_class} must be 1 or more.")
+        few = {k:len(v) for k,v in of.items() if len(v)<per_class}
+        if few: raise ValueError(f"labels_per_class={per_class} is more than there are of {', '.join(f'{printable(k)} ({n})' for k,n in few.items())}: use {min(few.values())} or fewer.")
+        return replace(self, labeled=[o for k in self.vocab for o in of[k][:per_class]])
+
     def without(self, files):
         "The same without `files`; raises where a class would be left without images"
         skip = {os.path.abspath(o) for o in files}

@@ -18,8 +18,7 @@ from .data import *
 from .step import *
 from .objective_text import *
 from .run import *
-from .signals import TrainingStopped
-from .progress import *
+from .resume import *
 from .report import *
 from .run_report import *
 from .command import *
@@ -27,7 +26,7 @@ from .command import *
 # %% ../nbs/16_imagewang.ipynb #834f177c
 _urls = dict(imagewang=URLs.IMAGEWANG, imagewang_320=URLs.IMAGEWANG_320, imagewang_160=URLs.IMAGEWANG_160)
 _defaults = dict(size=224, epochs=80, arch='resnet50', unlabeled_bs=32)
-_sample_defaults = dict(size=28, epochs=2, arch='resnet10', unlabeled_bs=16, lr=.05)
+_sample_defaults = dict(labels_per_class=2, size=28, epochs=6, arch='resnet10_32', unlabeled_bs=64, recipe='gentle', opt='adamw', schedule='cosine', dropout=0., objective='fixmatch(threshold=.8, bn=batch)', val_in_pool=False)   # chosen on seed 0
 
 def get_data(
     name:str # 'sample', 'imagewang', 'imagewang_320', 'imagewang_160', a folder or an archive
@@ -62,6 +61,12 @@ def seconds_per_step(
     workers = dls.train.fake_l.num_workers
     return statistics.median(times)+load/max(1, min(workers, defaults.cpus))
 
+def _image_words(cfg, dls):
+    "Images of each stream"
+    c = image_counts(dls)
+    few = f" ({cfg.labels_per_class} of each class; other labels aren't read)" if cfg.labels_per_class else ''
+    return f"Images     {c['labeled']:,} labelled{few}, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation"
+
 def run_plan(
     cfg:RunConfig, # One run
     dls:PairedDataLoaders, # Its data
@@ -79,8 +84,9 @@ def run_plan(
              f"Classes    {len(dls.vocab)}: {', '.join(map(printable, class_names(dls.vocab, names)))}"]
     if dls.left_out: lines.append(f"Left out   {len(dls.left_out)} folders of train ({sum(dls.left_out.values()):,} images) that are no class of val; they stay on disk")
     if bad: lines.append(f"Bad        {len(bad)} images can't be read and are left out: "+', '.join(f'{printable(p)} ({w})' for p,w in bad[:5])+', …'*(len(bad)>5))
-    lines += [f"Images     {c['labeled']:,} labelled, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation",
+    lines += [_image_words(cfg, dls),
               f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {training_formats(learn)}",
+              f"Optimizer  {cfg.opt}, learning rate up to {cfg.lr:g}, schedule {cfg.schedule}",
               f"A step     {bs} labelled images and {ubs} unlabelled{f', over {cfg.processes} processes' if cfg.processes>1 else ''}; {objective_words(asdict(cfg))}, {per_image:.3g} passes for each unlabelled image",
               f"A run      {cfg.epochs} epochs of {n:,} steps = {total:,} steps, {passes(False)} image passes{f' ({passes(True)} of a baseline)' if baseline else ''}; each labelled image is seen {total*bs/c['labeled']:,.0f} times",
               f"Runs       {runs}{', each with a supervised baseline of as many steps' if baseline else ''}, from seed {cfg.seed}",
@@ -137,19 +143,24 @@ def train_all(
 def sesemi_imagewang(
     data:str='sample', # sample, imagewang, imagewang_320, imagewang_160, a folder, or an archive
     size:int=None, # Side of the training crop in pixels [224; sample 28]
-    epochs:int=None, # Passes over the unlabelled images [80; sample 2]
-    arch:str=None, # resnet10, a classifier of torchvision, or timm:NAME [resnet50; sample resnet10]
-    unlabeled_bs:int=None, # Unlabelled images a step, labelled are four times as many [32; sample 16]
-    runs:int=1, # Runs, with seeds that follow each other
+    epochs:int=None, # Passes over the unlabelled images [80; sample 6]
+    arch:str=None, # resnet10, resnet10_WIDTH, a classifier of torchvision, or timm:NAME [resnet50; sample resnet10_32]
+    unlabeled_bs:int=None, # Unlabelled images a step [32; sample 64]
+    bs:int=None, # Labelled images a step [four times the unlabelled ones, or as many as there are]
+    labels_per_class:int=None, # Labelled images of each class, the first by name; the others are in the unlabelled pool [all; sample 2]
+    runs:int=None, # Runs, with seeds that follow each other [1; sample 2]
     seed:int=0, # Seed of the first run
-    lr:float=None, # Highest learning rate [0.1; sample 0.05]
+    lr:float=None, # Highest learning rate [0.1; adamw 0.003, ranger 0.008]
     warmup_epochs:float=None, # Epochs of warm-up [the smaller of 10 and an eighth of the epochs]
-    recipe:str='reference', # reference, or fast: images decoded once, augmented in batches, in the formats the hardware is fast in
+    opt:str=None, # nesterov, adamw or ranger [nesterov; sample adamw]
+    schedule:str=None, # poly or cosine, after a warm-up, or flat_cos, which has none [poly; sample cosine]
+    dropout:float=None, # Rate before the classifier [0.5; sample 0]
+    recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32 [reference; sample gentle]
     cache:str=None, # Folder for decoded images of the fast recipe, 'none' to decode each time [fastai's data folder]
-    no_val:bool=False, # Keep val out of the unlabelled pool
+    no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
-    objective:str='rotation', # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)'
+    objective:str=None, # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)' [rotation; sample 'fixmatch(threshold=.8,bn=batch)']
     ema:float=None, # Average the weights with this decay, such as 0.999, those of baselines too, and validate the averages [none]
     backward:str='joint', # joint, or sequential: in about half the memory
     num_workers:int=None, # Worker processes; changes no result
@@ -167,7 +178,7 @@ def sesemi_imagewang(
     "Train SESEMI on Imagewang, or on data of its shape, and report as fastai's leaderboard asks"
     args = dict(locals())
     if report: return print(write_report(out or '.', link, class_names))
-    cfg = _config(args)
+    cfg,runs = _config(args),ifnone(runs, 2 if data=='sample' else 1)
     path = local_first(get_data, data)
     cfg = replace(cfg, data=str(path))
     out = from_rank0(lambda: check_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
@@ -178,13 +189,14 @@ def sesemi_imagewang(
 
 def _config(args):
     "Options as a `RunConfig`; raises for what can be known to be wrong before anything is read, fetched or made"
-    data,given = args['data'],{k:args[k] for k in ('size','epochs','arch','unlabeled_bs','lr','warmup_epochs','steps','num_workers','cache','bn_groups') if args[k] is not None}
-    same = {k:args[k] for k in ('seed','recipe','objective','ema','bf16','backward','exclude','on_bad_image')}
+    data,given = args['data'],{k:args[k] for k in ('size','epochs','arch','unlabeled_bs','bs','labels_per_class','lr','warmup_epochs','opt','schedule','dropout','recipe','objective','steps','num_workers','cache','bn_groups') if args[k] is not None}
+    same = {k:args[k] for k in ('seed','ema','bf16','backward','exclude','on_bad_image')}
     if args['resume'] and not args['out']: raise ValueError("--resume needs --out: name the folder of the runs to go on with.")
-    if args['runs']<1: raise ValueError(f"--runs {args['runs']} must be 1 or more.")
+    if args['no_val']: given['val_in_pool'] = False
+    if args['runs'] is not None and args['runs']<1: raise ValueError(f"--runs {args['runs']} must be 1 or more.")
     ResumeTraining(Path(args['out'] or '.')/'resume', args['save_every'])
     if args['class_names']: class_names((), args['class_names'])
-    return RunConfig(data, data if data in ('sample',*_urls) else Path(data).name, val_in_pool=not args['no_val'], **{**(_sample_defaults if data=='sample' else _defaults), **given}, **same)
+    return RunConfig(data, data if data in ('sample',*_urls) else Path(data).name, **{**(_sample_defaults if data=='sample' else _defaults), **given}, **same)
 
 # %% ../nbs/16_imagewang.ipynb #0d760ede
 def imagewang_command(args=None):

@@ -36,9 +36,28 @@ def replace_classifier(
     setattr(model.get_submodule('.'.join(parent)), child, new)
     return model
 
-def resnet10(**kwargs):
-    "A ResNet with one basic block in each of its four stages; for small images and quick trials"
-    return resnet.ResNet(resnet.BasicBlock, [1,1,1,1], **kwargs)
+def resnet10(
+    width:int=64, # Channels of the first stage; each of the three others doubles them
+    **kwargs
+)->nn.Module:
+    "A torchvision ResNet with one basic block in each of its four stages; for small images and quick trials"
+    model = resnet.ResNet(resnet.BasicBlock, [1,1,1,1], **kwargs)
+    if width<1: raise ValueError(f"width={width} must be 1 or more.")
+    return model if width==64 else _rescale(model, width)
+
+def _rescale(model, width):
+    "Each layer of the ResNet `model` anew, with `width` channels for each 64"
+    n = lambda c: c*width//64
+    for name,m in [*model.named_modules()]:
+        if isinstance(m, nn.Conv2d):
+            new = nn.Conv2d(3 if m is model.conv1 else n(m.in_channels), n(m.out_channels), m.kernel_size, m.stride, m.padding, bias=False)
+            nn.init.kaiming_normal_(new.weight, mode='fan_out', nonlinearity='relu')
+        elif isinstance(m, nn.BatchNorm2d): new = nn.BatchNorm2d(n(m.num_features))
+        elif isinstance(m, nn.Linear): new = nn.Linear(n(m.in_features), m.out_features)
+        else: continue
+        parent,_,child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, new)
+    return model
 
 
 def new_classifier(
@@ -56,10 +75,10 @@ def new_classifier(
 _aux = dict(googlenet=dict(aux_logits=False, init_weights=True), inception_v3=dict(aux_logits=False, init_weights=True))   # a second output would only be there in training
 
 def get_arch(
-    name:str # `resnet10`, a classifier of torchvision such as `resnet50`, or `timm:` and the name of a model of timm
+    name:str # `resnet10` or `resnet10_WIDTH`, a classifier of torchvision such as `resnet50`, or `timm:` and the name of a model of timm
 ):
     "The function that makes the network called `name`, with random weights"
-    if name=='resnet10': return resnet10
+    if (m := re.fullmatch(r'resnet10(?:_(\d+))?', name)): return partial(resnet10, width=int(m[1])) if m[1] else resnet10
     names = list_models(module=torchvision.models)   # classifiers only: those for detection and segmentation would fetch weights
     if name in names: return partial(get_model_builder(name), weights=None, **_aux.get(name, {}))
     if name.startswith('timm:'): return _timm_arch(name)

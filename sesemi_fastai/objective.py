@@ -66,7 +66,7 @@ def task_of(
     "What the outputs of a model trained by `loss_func` mean"
     for f in (loss_func, getattr(loss_func,'func',None), getattr(loss_func,'old_lf',None)):   # fastai's MixUp keeps the loss in `old_lf`
         for k,kinds in _tasks.items():
-            if getattr(f,'func',f) in kinds or type(f) in kinds: return k
+            if f in kinds or isinstance(f, tuple(o for o in kinds if isinstance(o, type))): return k
     if targets is None: return 'single'
     return 'regression' if targets.is_floating_point() else 'single'
 

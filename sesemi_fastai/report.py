@@ -128,7 +128,7 @@ def difference_words(
             +("The interval includes 0: these runs don't show that unlabelled images made a difference." if low<=0<=high else f"The interval excludes 0: unlabelled images {'helped' if diff>0 else 'hurt'} here."))
 
 # %% ../nbs/12_report.ipynb #ce80c39c
-_same = ('size','epochs','steps','arch','recipe','val_in_pool','dataset','objective','ema','lr','warmup_epochs','unlabeled_bs','bf16','bn_groups')
+_same = ('size','epochs','steps','arch','recipe','val_in_pool','dataset','objective','ema','lr','warmup_epochs','unlabeled_bs','bf16','bn_groups','bs','labels_per_class','dropout','opt','schedule')
 
 def leaderboard(
     out:Path, # Folder that holds the runs
@@ -141,7 +141,7 @@ def leaderboard(
     if differ := [k for k in _same if len({str(o.get(k)) for o in runs})>1]: raise ValueError(f"{printable(out)} holds runs of different settings ({', '.join(differ)}), which have no common mean: report them from folders of their own.")
     r,acc = runs[0],{o['seed']:o['accuracy'] for o in baselines}
     lines = ['|Size (px)|Epochs|Code|Accuracy|# Runs|','|--|--|--|--|--|',leaderboard_row(runs, link),'',
-             f"Data: {printable(r['dataset'])}; {r['arch']} on {r['size']} px; recipe {r['recipe']}; {objective_words(r)}; {r['steps']:,} steps{passes_words(runs, baselines)} a run; val {'in' if r['val_in_pool'] else 'not in'} the unlabelled pool; top-1 after the last epoch.",'',
+             f"Data: {printable(r['dataset'])}{_few_labels(r)}; {r['arch']} on {r['size']} px; recipe {r['recipe']}; {objective_words(r)}; {r['steps']:,} steps{passes_words(runs, baselines)} a run; val {'in' if r['val_in_pool'] else 'not in'} the unlabelled pool; top-1 after the last epoch.",'',
              f'|Seed|{run_name(r)}|supervised baseline|Difference|','|--|--|--|--|']
     for o in runs:
         t = acc.get(o['seed'])
@@ -151,6 +151,8 @@ def leaderboard(
     if acc: lines += [say('Supervised baseline (same steps, seeds and schedule, no unlabelled images)', [*acc.values()])+'.', difference_words(runs, baselines)]
     if lack: lines += ['',f"Not counted: {'; '.join(f'{k}: {v}' for k,v in lack.items())}."]
     return '\n'.join(lines)+'\n'
+
+def _few_labels(r): return f", with the labels of {r['labels_per_class']} images of each class" if r.get('labels_per_class') else ''
 
 def objective_words(
     r:dict # `results.json` of a run

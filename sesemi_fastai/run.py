@@ -21,6 +21,7 @@ from .step import *
 from .learner import *
 from .augment import *
 from .samples import *
+from .optimizer import *
 from .schedule import *
 from .checkpoint import *
 from .settings import *
@@ -38,9 +39,14 @@ class RunConfig:
     size:int=224                # Side of the training crop, in pixels
     epochs:int=80               # Passes over the unlabelled pool
     arch:str='resnet50'         # See `get_arch`
-    unlabeled_bs:int=32         # Unlabelled images a step; labelled ones are four times as many
+    unlabeled_bs:int=32         # Unlabelled images a step
+    bs:int=None                 # Labelled images a step; by default four times the unlabelled ones, or as many as there are
+    labels_per_class:int=None   # Labelled images of each class, the first by name; all by default
+    dropout:float=.5            # Rate before the classifier
+    opt:str='nesterov'          # See `get_opt_func`
+    schedule:str='poly'         # 'poly' and 'cosine' warm up, 'flat_cos' is fastai's, flat for 72 %
     seed:int=0                  # Of weights, order, augmentation and dropout
-    lr:float=.1                 # Highest learning rate
+    lr:float=None               # Highest learning rate; by default what `opt` usually has, .1 for 'nesterov'
     warmup_epochs:float=None    # By default the smaller of 10 and an eighth of `epochs`
     recipe:str='reference'      # Augmentation
     val_in_pool:bool=True       # Whether validation images are among the unlabelled ones
@@ -57,14 +63,17 @@ class RunConfig:
 
     def __post_init__(self):
         "Raises `ValueError` for a setting that can't be, before anything is read or made"
-        for k,least in dict(size=1, epochs=1, unlabeled_bs=1, seed=0, steps=1, num_workers=0, bn_groups=1).items():
+        for k,least in dict(size=1, epochs=1, unlabeled_bs=1, seed=0, steps=1, num_workers=0, bn_groups=1, bs=1, labels_per_class=1).items():
             if (v := getattr(self, k)) is not None and v<least: raise ValueError(f"{k}={v} must be {least} or more.")
+        if self.lr is None: self.lr = get_opt_func(self.opt)[1]
         if not (math.isfinite(self.lr) and self.lr>0): raise ValueError(f"lr={self.lr} must be above 0 and finite, such as 0.1.")
         if self.warmup_epochs is not None and not 0<=self.warmup_epochs<=self.epochs: raise ValueError(f"warmup_epochs={self.warmup_epochs} must be between 0 and epochs={self.epochs}.")
+        if not 0<=self.dropout<1: raise ValueError(f"dropout={self.dropout} must be from 0 to below 1, such as 0.5.")
+        if self.schedule=='flat_cos' and self.warmup_epochs is not None: raise ValueError(f"schedule='flat_cos' has no warm-up: leave warmup_epochs={self.warmup_epochs} out.")
         if self.ema is not None and not 0<self.ema<1: raise ValueError(f"ema={self.ema} must be between 0 and 1, such as 0.999.")
-        for k,known in dict(backward=('joint','sequential'), on_bad_image=('error','skip')).items():
-            if (v := getattr(self, k)) not in known: raise ValueError(f"{k}={v!r} isn't known: use {' or '.join(known)}.")
-        get_recipe(self.recipe, self.size); get_arch(self.arch)
+        for k,known in dict(backward=('joint','sequential'), on_bad_image=('error','skip'), schedule=('poly','cosine','flat_cos')).items():
+            if (v := getattr(self, k)) not in known: raise ValueError(f"{k}={v!r} isn't known: use {', '.join(known[:-1])} or {known[-1]}.")
+        get_recipe(self.recipe, self.size); get_arch(self.arch); get_opt_func(self.opt)
         self.objective = objective_text(parse_objectives(self.objective)); self.objectives()
 
     def objectives(self):
@@ -78,14 +87,23 @@ class RunConfig:
         "Image passes of a step, forward and backward; one that is only forward, as for a target, counts a third"
         return bs+(0 if baseline else self.unlabeled_bs*passes_per_image(self.objectives()))
 
+    def fit(self,
+        learn:Learner, # Of this run
+        cbs # For the fit
+    ):
+        "Train `learn` by the schedule"
+        if self.schedule=='flat_cos': learn.fit_flat_cos(self.epochs, self.lr, pct_start=.72, cbs=cbs)
+        else: dict(poly=learn.fit_poly_warmup, cosine=learn.fit_cosine_warmup)[self.schedule](self.epochs, self.lr, warmup_epochs=self.warmup_epochs, cbs=cbs)
+
     @property
     def processes(self): return max(1, num_distrib())
 
     def dls(self):
         "The data of this run, in batches of this process"
-        if self.unlabeled_bs%self.processes: raise ValueError(f"unlabeled_bs={self.unlabeled_bs} can't be shared by {self.processes} processes: use a multiple of their number.")
+        for k in ('unlabeled_bs','bs'):
+            if (v := getattr(self, k)) and v%self.processes: raise ValueError(f"{k}={v} can't be shared by {self.processes} processes: use a multiple of their number.")
         return PairedDataLoaders.from_folder(self.data, unlabeled=('train','val','unsup') if self.val_in_pool else ('train','unsup'), size=self.size,
-            unlabeled_bs=self.unlabeled_bs//self.processes, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False,
+            unlabeled_bs=self.unlabeled_bs//self.processes, bs=self.bs and self.bs//self.processes, labels_per_class=self.labels_per_class, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False,
             cache=False if self.cache=='none' else self.cache, exclude=self.exclude or (), on_bad_image=self.on_bad_image)
 
     def settings(self, baseline=False):
@@ -98,7 +116,7 @@ class RunConfig:
         if groups!=1 and groups%self.processes: raise ValueError(f"bn_groups={groups} can't be shared by {self.processes} processes: use 1, for all together, or a multiple of their number.")
         if groups<self.processes and not torch.cuda.is_available(): raise ValueError(f"bn_groups=1 in {self.processes} processes needs a GPU for each: use {self.processes} groups or more.")
         with seeded(random_key(self.seed, 'weights')):
-            return sesemi_learner(dls, get_arch(self.arch), metrics=accuracy, bn_groups=max(1, groups//self.processes), cbs=BFloat16() if self.bf16 else None)
+            return sesemi_learner(dls, get_arch(self.arch), self.dropout, get_opt_func(self.opt)[0], metrics=accuracy, bn_groups=max(1, groups//self.processes), cbs=BFloat16() if self.bf16 else None)
 
 # %% ../nbs/14_run.ipynb #62e5306e
 def _commit():
@@ -143,7 +161,7 @@ def new_folder(
     try: yield
     except BaseException:
         if made and not _worth_keeping(folder):
-            (folder/'history.csv').unlink(missing_ok=True)
+            for o in ('history.csv','resume/.lock'): (folder/o).unlink(missing_ok=True)
             for o in (folder/'resume',*made):
                 if o.is_dir() and not any(o.iterdir()): o.rmdir()
         raise
@@ -186,7 +204,7 @@ def train_run(
     cbs = [saver, StopDiverged(), *([CSVLogger(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
         try:
-            with on_processes(learn, sync_bn=cfg.bn_groups==1): learn.fit_poly_warmup(cfg.epochs, cfg.lr, warmup_epochs=cfg.warmup_epochs, cbs=cbs)
+            with on_processes(learn, sync_bn=cfg.bn_groups==1): cfg.fit(learn, cbs)
             check_finite(learn.model)
         except DivergedError as e:
             if first_process: write_json(folder/'failed.json', dict(message=str(e), settings=cfg.settings(baseline), versions=versions(), commit=_commit()))
