@@ -68,6 +68,7 @@ def test_command_mistakes(folder, capsys, tmp_path):
     assert '32×32 pixels' in command(capsys, folder, '--out', tmp_path/'out', '--size', 32, '--unlabeled_bs', 2, '--arch', 'vit_b_16')
     (tmp_path/'names.json').write_text('{"dog": "Dog"}')
     assert 'none of the classes a, b' in command(capsys, folder, *out, '--unlabeled_bs', 2, '--class_names', tmp_path/'names.json')
+    assert 'a (8), b (8): use 8 or fewer' in command(capsys, folder, *out, '--unlabeled_bs', 2, '--labels_per_class', 9)
     assert not (tmp_path/'out').exists()
 
 early = [(['--save_every','nonsense'],'nonsense'), (['--backward','both'],"'both'"), (['--warmup_epochs','9','--epochs','2'],'epochs=2'), (['--warmup_epochs','nan'],'warmup_epochs=nan'), (['--num_workers','-1'],'num_workers=-1'),
@@ -75,7 +76,8 @@ early = [(['--save_every','nonsense'],'nonsense'), (['--backward','both'],"'both
          (['--size','0'],'size=0'), (['--epochs','0'],'epochs=0'), (['--steps','0'],'steps=0'), (['--seed','-1'],'seed=-1'), (['--on_bad_image','ignore'],"'ignore'"), (['--resume'],'--resume needs --out'), (['--what'],'--what'),
          (['--objective','rotaton'],"'rotaton'"), (['--objective','rotation+rotation'],'twice'), (['--objective','rotation('],"isn't understood"), (['--objective','fixmatch(threshold=1.5)'],'threshold=1.5'), (['--objective','rotation(weight=-1)'],'weight=-1'),
          (['--objective','rotation(wait=1)'],"'wait'"), (['--ema','1'],'ema=1'), (['--ema','nan'],'ema=nan'), (['--arch','resnet19'],'did you mean'), (['--arch','fasterrcnn_resnet50_fpn'],'classifier'), (['--arch','deeplabv3_resnet50'],'classifier'),
-         (['--arch','timm:nothing'],'nothing'), (['--class_names','nowhere.json'],'nowhere.json')]
+         (['--arch','timm:nothing'],'nothing'), (['--class_names','nowhere.json'],'nowhere.json'),
+         (['--opt','lion'],"'lion'"), (['--schedule','step'],"'step'"), (['--schedule','flat_cos','--warmup_epochs','1'],'no warm-up'), (['--dropout','1'],'dropout=1'), (['--dropout','nan'],'dropout=nan'), (['--bs','0'],'bs=0'), (['--labels_per_class','0'],'labels_per_class=0')]
 
 def test_mistakes_that_are_known_before_anything_is_read(capsys, tmp_path, monkeypatch):
     "In one sentence, without a look at the data, a network or a download, and nothing is left behind"

@@ -1,5 +1,5 @@
 "The fast recipe: the same images from a cache, in every feature of a Learner"
-import json,os,shutil,subprocess,sys
+import json,math,os,shutil,subprocess,sys
 from pathlib import Path
 import numpy as np,pytest,torch
 from PIL import Image
@@ -48,6 +48,16 @@ def test_training_pictures_are_the_references(folder):
         pics = torch.stack([dl.after_batch(dl.do_batch([dl.do_item(9*d)]))[0][0] for d in range(500)])   # item 0 of 9, pass d
         return pics.mean((2,3)).mean(0),pics.mean((2,3)).std(0),pics.std((2,3)).mean(0)
     for a,b in zip(stats('fast'), stats('reference')): assert (a-b).abs().max()<.1, (a,b)
+
+def test_gentle_is_fast_with_larger_crops(folder):
+    "The same validation images from the same cache; crops of 60 % of the area or more"
+    a,b = (next(iter(paired(folder, o, val_bs=8).valid)) for o in ('fast','gentle'))
+    assert torch.equal(a[0], b[0]) and len(list_caches(folder.parent/'cache'))==1
+    for recipe,least in (('fast',.2),('gentle',.6)):
+        sample,pixels = get_recipe(recipe, 224).train,np.zeros((256,256,3),np.uint8)
+        area = [math.prod(sample(pixels).pixels.shape[:2])/256**2 for _ in range(300)]
+        assert least-.01<min(area)<least+.1 and max(area)>.9, recipe
+    assert not get_recipe('gentle', 224).native
 
 def test_bits_do_not_depend_on_workers_or_cache(folder):
     def epoch(**kw):

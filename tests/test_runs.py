@@ -1,5 +1,5 @@
 "The command from images to a leaderboard row, and that a result depends on its seed alone"
-import json,shutil,subprocess,sys
+import json,math,shutil,subprocess,sys
 import pytest,torch
 from torchvision.models import resnet18
 from sesemi_fastai.all import *
@@ -107,6 +107,49 @@ def test_averaged_weights_of_the_command(folder, tmp_path):
     plain = train_run(config(folder), tmp_path/'plain', baseline=True, plain=True)
     assert (tmp_path/'plain/model.pth').read_bytes()!=(tmp_path/'baseline/model.pth').read_bytes()
     with pytest.raises(CheckpointError, match='ema was 0.5, now 0.9'): train_run(config(folder, ema=.9), tmp_path/'run', plain=True, resume=True)
+
+def test_settings_of_training_of_the_command(folder, tmp_path, capsys):
+    "In the plan, the results and the report; of the baseline too"
+    imagewang_command([str(folder),'--labels_per_class','3','--bs','5','--opt','adamw','--schedule','cosine','--dropout','0','--recipe','gentle','--cache','none','--objective','fixmatch(threshold=.8,bn=batch)','--arch','resnet10_8',
+                       '--size','32','--epochs','2','--steps','4','--warmup_epochs','1','--unlabeled_bs','4','--num_workers','0','--baseline','--out',str(tmp_path/'out')])
+    said,text = capsys.readouterr().out,(tmp_path/'out/leaderboard.md').read_text()
+    for o in ("6 labelled (3 of each class; other labels aren't read), 36 unlabelled",'adamw, learning rate up to 0.003, schedule cosine','recipe gentle, float32','resnet10_8','5 labelled images and 4 unlabelled; objective fixmatch(bn=batch, threshold=0.8)'): assert o in said
+    assert 'with the labels of 3 images of each class' in text and 'recipe gentle' in text
+    for kind in ('run','baseline'):
+        res = json.loads((tmp_path/f'out/{kind}-0/results.json').read_text())
+        assert (res['opt'],res['schedule'],res['lr'],res['dropout'],res['bs'],res['counts']['labeled'],res['labels_per_class'])==('adamw','cosine',.003,0,5,6,3)
+        weights = torch.load(tmp_path/f'out/{kind}-0/model.pth', weights_only=True)
+        assert weights['conv1.weight'].shape==(8,3,7,7) and weights['fc.weight'].shape==(2,64)   # no dropout: the last layer itself
+        want = [.003/25+.003*24/25*t/4 if t<4 else .0015*(1+math.cos(math.pi*(t-4)/4)) for t in range(8)]
+        assert read_csv(tmp_path/f'out/{kind}-0/steps.csv')['lr']==pytest.approx(want, rel=1e-5)
+
+def test_flat_cos(folder, tmp_path):
+    train_run(config(folder, opt='ranger', schedule='flat_cos', epochs=5), tmp_path/'run', baseline=True, plain=True)
+    lrs = read_csv(tmp_path/'run/steps.csv')['lr']
+    assert lrs[:15]==pytest.approx([.008]*15) and lrs[15]<.008 and lrs[-1]<.001
+
+@pytest.mark.parametrize('kw', [dict(opt='adamw',schedule='cosine'), dict(opt='ranger',schedule='flat_cos')], ids=lambda o: o['opt'])
+def test_other_optimizers_resume(folder, tmp_path, monkeypatch, kw):
+    "Bitwise as the run that was never cut, with the state of the optimizer and its place in the schedule"
+    cfg,n,loss = config(folder, epochs=2, labels_per_class=2, **kw),0,RotationPretext.loss
+    def cut(*args):
+        nonlocal n; n += 1
+        if n==7: raise KeyboardInterrupt
+        return loss(*args)
+    monkeypatch.setattr(RotationPretext, 'loss', cut)
+    with pytest.raises(KeyboardInterrupt): train_run(cfg, tmp_path/'cut', plain=True, save_every=1)
+    monkeypatch.undo()
+    train_run(cfg, tmp_path/'cut', plain=True, resume=True, save_every=1); train_run(cfg, tmp_path/'whole', plain=True)
+    assert (tmp_path/'cut/model.pth').read_bytes()==(tmp_path/'whole/model.pth').read_bytes()
+
+def test_labels_that_are_not_used_are_not_read(folder, weights, tmp_path):
+    "The images beyond `labels_per_class` are in the pool, and which class's folder they are in changes nothing but their place in its order"
+    cfg = config(folder, labels_per_class=2); dls = cfg.dls()
+    assert sorted(o.name for o in dls.train.dataset.items[:4])==['0.png','0.png','1.png','1.png'] and len(dls.unlabeled.dataset)==16+8+12
+    without = tmp_path/'without'; shutil.copytree(folder, without)
+    for c in 'ab':
+        for i in range(2,8): (without/f'train/{c}/{i}.png').unlink()
+    assert [o.relative_to(without) for o in config(without).dls().train.dataset.items[:4]]==[o.relative_to(folder) for o in dls.train.dataset.items[:4]]
 
 def test_names_of_classes(folder, tmp_path, capsys):
     (tmp_path/'names.json').write_text('{"a": "Ant"}')
