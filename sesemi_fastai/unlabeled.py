@@ -112,7 +112,7 @@ class UnlabeledStep(TransientCallback):
     def report_health(self):
         "Warn of objectives that teach nothing, once each"
         for h in self._health.values():
-            for o in h.findings(): warn(o)
+            for o in h.findings() if not rank_distrib() else []: warn(o)
     def before_step(self):
         "A step that is cancelled from here on takes the heads' with it"
         self._cancelled = False
