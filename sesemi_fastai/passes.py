@@ -79,7 +79,7 @@ class UnlabeledBatch:
 
     def drawing(self, what, view):
         "A context in which draws are those of this step and view"
-        return seeded(self.key(what, view_name(view))) if self.key else nullcontext()
+        return seeded(self.key(what, view_name(view)), self.x.device) if self.key else nullcontext()
 
     def run(self,
         view, # See `view`
