@@ -64,8 +64,10 @@ def bn_groups(
         yield
 
 # %% ../nbs/06a_batchnorm.ipynb #ceabd0ee
+def _full(x): return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16,torch.bfloat16) else x
+
 class around_next_pass:
-    "The next forward pass of `model` runs within `context`; replaces another such that was never run"
+    "The next forward pass of `model` runs within `context` and gives float32; replaces another such that was never run"
     def __init__(self,
         model:nn.Module, # Whose forward pass is meant, in its wrappers
         context # A context manager
@@ -81,7 +83,7 @@ class around_next_pass:
         else: vars(self.model)['forward'] = self.own
     def __call__(self, *args, **kwargs):
         self.remove()
-        with self.context: return self.model.forward(*args, **kwargs)
+        with self.context: return apply(_full, self.model.forward(*args, **kwargs))
     def __reduce__(self): return types.MethodType,(type(self.model).forward, self.model)
 
 # %% ../nbs/06a_batchnorm.ipynb #27108bf4

@@ -116,7 +116,7 @@ class ImageCache:
         seen = self.seen.numpy()
         if not seen[i]:
             if not self._whole(i):
-                warn(f"The cache {self.folder} holds a damaged image of {printable(path)}, which is decoded from its file: delete that folder to have it made again.")
+                warn(f"The cache {self.folder} holds a damaged image of {printable(path)}, which is decoded from its file: delete that folder to have it rebuilt.")
                 return self.decode(path)
             seen[i] = 1
         return self._image(i)
@@ -154,7 +154,7 @@ def _write_cache(part, stats, read, root, side, n_threads):
             o += px.nbytes
         f.flush(); os.fsync(f.fileno())
     np.save(part/'index.npy', index)
-    meta = dict(what='images decoded by sesemi_fastai; may be deleted, and is made again when needed', version=_version, pillow=PIL.__version__,
+    meta = dict(what='images decoded by sesemi_fastai; may be deleted, and is rebuilt when needed', version=_version, pillow=PIL.__version__,
                 side=side, bytes=o, names=[os.path.relpath(f, root) for f in files])
     (part/'cache.json').write_text(json.dumps(meta|dict(key=_key(meta, index))))
 
@@ -265,5 +265,5 @@ def list_caches(
     res = []
     for o in sorted(Path(cache or cache_home()).glob('*/cache.json')):
         try: m = json.loads(o.read_text()); res.append(dict(folder=o.parent, side=m['side'], images=len(m['names']), bytes=m['bytes']))
-        except (KeyError, ValueError): continue   # no cache, or one that is made again when it is opened
+        except (KeyError, ValueError): continue   # no cache, or one that is rebuilt when it is opened
     return res

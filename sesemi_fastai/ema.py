@@ -180,8 +180,8 @@ def load_state_dict(self:EMA,
 @torch.no_grad()
 def _load(self:EMA, state):
     self.n_updates = state['n_updates']
-    if state['averages'] is None: return
     new,avg = self._pairs
+    if state['averages'] is None: return torch._foreach_copy_(avg, new)   # of no fit, or one that has ended: those of the model, which is put back first
     names = list(_tensors(self.teacher))
     if set(names)!=set(state['averages']): raise ValueError(f"The averages that EMA is given have {', '.join(sorted({*names}^{*state['averages']})[:3])} more or less than the model: they are of another one.")
     for k,o in zip(names, avg): o.copy_(state['averages'][k])

@@ -19,8 +19,6 @@ from .step import *
 from .objective_text import *
 from .run import *
 from .resume import *
-from .signals import TrainingStopped
-from .progress import *
 from .report import *
 from .run_report import *
 from .command import *

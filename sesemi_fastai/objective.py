@@ -66,7 +66,7 @@ def task_of(
     "What the outputs of a model trained by `loss_func` mean"
     for f in (loss_func, getattr(loss_func,'func',None), getattr(loss_func,'old_lf',None)):   # fastai's MixUp keeps the loss in `old_lf`
         for k,kinds in _tasks.items():
-            if getattr(f,'func',f) in kinds or type(f) in kinds: return k
+            if f in kinds or isinstance(f, tuple(o for o in kinds if isinstance(o, type))): return k
     if targets is None: return 'single'
     return 'regression' if targets.is_floating_point() else 'single'
 
@@ -78,7 +78,7 @@ class UnlabeledObjective(TransientCallback):
     figure = 'acc'    # Name of the second column: the mean of what `loss` gives beside the loss
     tasks = ('single','multi','regression') # Kinds of targets that it can be used with
     teacher = 'student' # Who makes targets, where there are any: 'student', the model itself, or 'ema', the averaged weights
-    upright = False   # Whether its question has an answer only where images have a right way up
+    needs = ()        # What its question needs of the data, see `check_views`: images the right way 'upright', 'borders' that tell nothing
     chance = None     # What `figure` is when nothing is learned, where that is known
     passes_per_image = 1. # Forward and backward passes for each unlabelled image; a forward pass alone counts a third
     def __init__(self,

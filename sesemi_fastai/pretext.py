@@ -72,7 +72,7 @@ def random_rotations(
 # %% ../nbs/07c_pretext.ipynb #d0d49d36
 class RotationPretext(PretextObjective):
     "Predict the rotation of unlabelled images, 0°, 90°, 180° or 270° ([Gidaris et al., 2018](https://arxiv.org/abs/1803.07728); [SESEMI](https://arxiv.org/abs/1906.10343))"
-    name,n_targets,target_names,chance,upright,passes_per_image = 'rotation',4,('0°','90°','180°','270°'),.25,True,4.
+    name,n_targets,target_names,chance,needs,passes_per_image = 'rotation',4,('0°','90°','180°','270°'),.25,('upright','borders'),4.
     @delegates(PretextObjective.__init__)
     def __init__(self,
         weight:float=1., # Factor of the loss
@@ -87,7 +87,7 @@ class RotationPretext(PretextObjective):
 # %% ../nbs/07c_pretext.ipynb #fe31e89f
 class JigsawPretext(PretextObjective):
     "Predict the order of an image's tiles ([Noroozi and Favaro, 2016](https://arxiv.org/abs/1603.09246))"
-    name,upright = 'jigsaw',True
+    name = 'jigsaw'
     @delegates(PretextObjective.__init__)
     def __init__(self,
         weight:float=1., # Factor of the loss

@@ -161,7 +161,7 @@ def new_folder(
     try: yield
     except BaseException:
         if made and not _worth_keeping(folder):
-            (folder/'history.csv').unlink(missing_ok=True)
+            for o in ('history.csv','resume/.lock'): (folder/o).unlink(missing_ok=True)
             for o in (folder/'resume',*made):
                 if o.is_dir() and not any(o.iterdir()): o.rmdir()
         raise

@@ -14,6 +14,7 @@ def sample_batch(
     dl # A loader of any kind
 )->tuple: # A batch of two items, transformed as for training
     "Two items as `dl` gives them, without moving any random generator"
+    dl = whole_dl(dl)   # one process's part has no items of its own
     if not isinstance(dl, TfmdDL):
         with preserved(): return tuple(o[:2] for o in first(dl))
     with seeded(0):

@@ -66,10 +66,10 @@ def show_batch(self:StreamDL,
 
 # %% ../nbs/08_show.ipynb #5db76836
 def _unlabeled_batches(learn, n):
-    "Batches of the epoch that comes next, about `n` images of them, on the model's device; the stream stays where it is"
+    "Batches of the epoch that comes next, `n` images in all, on the model's device; the stream stays where it is"
     dl = unlabeled_dl(learn); epoch = getattr(dl,'epoch',None)
     try:
-        for b in itertools.islice(dl, -(-n//dl.bs)): yield b[0].as_subclass(Tensor).to(first(learn.model.parameters()).device)
+        for i,b in enumerate(itertools.islice(dl, -(-n//dl.bs))): yield b[0].as_subclass(Tensor)[:n-i*dl.bs].to(first(learn.model.parameters()).device)
     finally:
         if epoch is not None: dl.epoch = epoch
 
@@ -121,7 +121,7 @@ def show_results(self:FixMatch,
     if self.trained is not model: raise ValueError(f"{type(self).__name__} was not trained with the model of this Learner: fit first.")
     teacher = self.teacher=='ema' and getattr(getattr(learn,'ema',None),'teacher',None) or model   # after a fit the model holds the averages
     with eval_mode(model):
-        x = torch.cat([*_unlabeled_batches(learn, max_n)])[:max_n]
+        x = torch.cat([*_unlabeled_batches(learn, max_n)])
         with seeded(0): strong = self.strong_view(x)
         p = class_probs(teacher(x), 'single')
     kept = deepcopy(self.kept)   # a look moves no statistics

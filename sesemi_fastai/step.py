@@ -20,9 +20,6 @@ class BFloat16(PassCallback):
         "Autocast, unless `MixedPrecision` is there"
         if any(isinstance(o, MixedPrecision) for o in self.learn.cbs): return nullcontext()
         return torch.autocast(first(self.learn.model.parameters()).device.type, torch.bfloat16)
-    def after_pred(self):
-        "Predictions in float32"
-        self.learn.pred = to_float(self.pred)
 
 # %% ../nbs/10a_step.ipynb #88773cf3
 def native_formats(

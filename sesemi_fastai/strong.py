@@ -12,10 +12,11 @@ from .streams import *
 
 # %% ../nbs/05b_strong.ipynb #05b00005
 def norm_stats(
-    dls # `DataLoaders`, or None
+    dls # `DataLoaders`, one loader, or None
 )->tuple: # Mean and deviation of each channel, as tuples of floats; (None,None) where nothing normalises
     "What `Normalize` in the batch transforms of `dls` uses"
-    for f in getattr(getattr(dls[0],'after_batch',None), 'fs', []) if dls is not None else []:
+    dl = dls[0] if isinstance(dls, (DataLoaders,list)) else dls
+    for f in getattr(getattr(dl,'after_batch',None), 'fs', []):
         if isinstance(f, Normalize): return tuple(tuple(o.flatten().tolist()) for o in (f.mean,f.std))
     return None,None
 

@@ -10,8 +10,10 @@ from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientClip
+import weakref
 from .streams import *
 from .samples import *
+from .probe import *
 from .distributed import *
 from .transient import *
 from .randomness import *
@@ -174,7 +176,7 @@ def prepare(self:UnlabeledStep):
         given = {o.features for o in needs}-{None}
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
-    task,seed = task_of(learn.loss_func, sample_targets(learn.dls.train)),getattr(whole_dl(dl),'seed',None)
+    task,seed = task_of(learn.loss_func, sample_targets(whole_dl(learn.dls.train))),getattr(whole_dl(dl),'seed',None)
     for o in objectives: o.prepare(learn, layer, task, out.shape[-1] if isinstance(out, Tensor) else 0, seed); o.see_data(learn.dls)
     with preserved():   # views may draw
         for o in objectives: o.check(learn, x)
@@ -182,7 +184,18 @@ def prepare(self:UnlabeledStep):
     self._norms = batchnorms(model),batchnorms(model, layer.behind) if layer else []
     self._forward = feature_pass(learn.model, layer)
     if (ddp := wrapped_ddp(learn)) is not None: ddp.require_backward_grad_sync = not self.active('sequential')   # else by `average_gradients`
+    self.probe(whole_dl(dl))
     if hasattr(learn,'lr_finder'): self._found = {o.name:deepcopy(o.state_dict()) for o in objectives}
+
+_probed = weakref.WeakSet()   # loaders that were looked at
+
+@patch
+def probe(self:UnlabeledStep, dl):
+    "Warn of transforms that hide or give away what an objective asks, once for each loader"
+    needs = tuple({n:None for o in self.objectives if o.weight>0 for n in o.needs})
+    if not needs or dl in _probed or rank_distrib(): return
+    _probed.add(dl)
+    for o in check_views(dl, needs): warn(o)
 
 @patch
 def forget_search(self:UnlabeledStep):
@@ -214,10 +227,11 @@ def loss_of(self:UnlabeledStep, o, learning=True)->Tensor: # A scalar
     "Loss of an objective, unweighted; counted for the columns"
     bound = BoundBatch(self._batch, o, self._task, learning)
     loss,figure = o.loss(bound)
+    figure = figure.detach().float().flatten()   # one for each image, or each decision where there are several classes to an image
     labels = self.learn.yb[0] if self._task=='single' and len(self.learn.yb)==1 and self.learn.yb[0].ndim==1 else None
     self._health[o.name].add(loss, figure, bound.outputs, labels)
     n,sums = len(figure),self._sums[o.name]
-    for i,v in enumerate((loss.detach()*n, figure.detach().float().sum(), n)): sums[i] += v
+    for i,v in enumerate((loss.detach()*n, figure.sum(), n)): sums[i] += v
     self._last[o.name] = loss.detach()
     if learning and not loss.requires_grad: raise ValueError(f"The loss of {type(o).__name__} has no gradient: compute it from batch.classes or batch.features of one of its views.")
     return loss

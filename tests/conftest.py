@@ -34,8 +34,8 @@ def folder(tmp_path):
 
 @pytest.fixture(scope='session')
 def predict_alone():
-    "What an exported Learner predicts for an image in a process that can't import this package; `check` is run there before"
-    def f(export, image, check=''):
+    "What an exported Learner predicts for an image in a process that can't import this package; `check` is run there before that, or before it is loaded"
+    def f(export, image, check='', before=False):
         code = f"""
 import sys
 class Block:
@@ -43,8 +43,9 @@ class Block:
         if name.split('.')[0]=='sesemi_fastai': raise ImportError(name)
 sys.meta_path.insert(0, Block())
 from fastai.vision.all import *
+{check if before else ''}
 learn = load_learner({str(export)!r})
-{check}
+{'' if before else check}
 print([*map(float, learn.predict({str(image)!r})[2])])
 """
         r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from fastai.vision.all import Callback,ProgressCallback,noop,params
 import sesemi_fastai.checkpoint as checkpoint
-from sesemi_fastai.all import ResumeTraining,RotationPretext,RunConfig,TrainingStopped
+from sesemi_fastai.all import EMA,ResumeTraining,RunConfig,TrainingStopped
 from sesemi_fastai.distributed import local_first,on_processes
 
 EPOCHS,STEPS = 2,5
@@ -61,10 +61,11 @@ def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnul
     if port: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
     multiprocessing.set_start_method('fork', force=True)   # for the loaders' workers: a fork server of their own would import everything again
-    cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10', unlabeled_bs=4, steps=STEPS, lr=.05)|kw))
+    cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10', unlabeled_bs=4, steps=STEPS, lr=.05, backward=backward)|kw))
     dls = local_first(cfg.dls); learn = cfg.learner(dls)
     learn.remove_cb(ProgressCallback); learn.logger = noop
-    learn.add_cb(RotationPretext(backward=backward))
+    objectives = cfg.objectives()
+    learn.add_cbs(objectives+([EMA(cfg.ema)] if cfg.ema else []))
     kill = []
     if rank: moment = None
     if moment and moment[0]=='writing': kill_while_writing(moment[1])
@@ -82,7 +83,8 @@ def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnul
     rec = learn.recorder
     if rank: return
     part = Path(f'{out}.part')
-    torch.save(checkpoint.pack_state(dict(model=dict(learn.model.state_dict()), opt=opt, preds=preds, values=[list(o) for o in rec.values], losses=rec.losses, hps=dict(rec.hps), lrs=rec.lrs, iters=rec.iters)), part)
+    kept = {o.name:o.state_dict() for o in objectives}|({'ema':learn.ema.n_updates} if cfg.ema else {})
+    torch.save(checkpoint.pack_state(dict(kept=kept, model=dict(learn.model.state_dict()), opt=opt, preds=preds, values=[list(o) for o in rec.values], losses=rec.losses, hps=dict(rec.hps), lrs=rec.lrs, iters=rec.iters)), part)
     os.replace(part, out)
 
 def leave_open(folder):

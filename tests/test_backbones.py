@@ -1,11 +1,10 @@
 "Any classifier: the head finds its place, reads what the body gives, and leaves without a trace"
 import copy
-from types import SimpleNamespace
 import pytest,torch
 from torch import nn
 from torchvision import models as tv
-from fastai.vision.all import DataLoaders,Learner,SGD,create_vision_model,xresnet18
-from sesemi_fastai.all import BatchNormGroups,RotationPretext
+from fastai.vision.all import Callback,DataLoaders,Learner,SGD,create_vision_model,xresnet18
+from sesemi_fastai.all import RotationPretext,bn_groups,find_feature_layer
 
 def vit(num_classes): return tv.VisionTransformer(image_size=64, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=num_classes)
 def by_timm(name, **kw):
@@ -32,20 +31,22 @@ def test_backbone(name):
     model = arch(num_classes=3); keys = list(model.state_dict())
     x,u = torch.randn(2,3,64,64),torch.randn(2,3,64,64)
     learn = Learner(DataLoaders(Loader(x, torch.tensor([0,1])), Loader(x, torch.tensor([0,1])), Loader(u)), model, loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
-    cb = RotationPretext(); learn.add_cb(cb)
-    assert cb.feature_layer.width==width
-    last = [m for m in model.modules() if isinstance(m, (nn.Dropout,nn.BatchNorm1d))]
-    seen = []; hooks = [m.register_forward_hook(lambda m,i,o: seen.append(len(i[0]))) for m in ([cb.feature_layer.linear] if cb.feature_layer.linear else [])]
-    if cb.feature_layer.at_input and isinstance(cb.feature_layer.module, nn.Dropout): hooks.append(cb.feature_layer.module.register_forward_hook(lambda m,i,o: seen.append(len(i[0]))))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    assert 8 not in seen, 'rotated views went into the classifier'
+    cb,grads = RotationPretext(),{}; learn.add_cb(cb)
+    layer = find_feature_layer(model, x); assert layer.width==width
+    last = layer.linear if layer.linear is not None else model[-1][-1]   # vision_learner's
+    class Last(Callback):
+        order = 100
+        def before_step(self): grads[cb.weight] = last.weight.grad.clone(); grads['head',cb.weight] = copy.deepcopy(cb.fit_heads['head'].weight.grad)
+    state = copy.deepcopy(model.state_dict())
+    with learn.no_bar(), learn.no_logging():
+        for w in (0.,1.): model.load_state_dict(state); cb.weight = w; learn.fit(1, 0., cbs=Last())
+    assert torch.equal(grads[0.], grads[1.]), 'rotated views trained the classifier'
+    assert cb.fit_heads['head'].weight.shape==(4,width) and grads['head',0.] is None and grads['head',1.].abs().sum()>0 and learn.recorder.values[0][-2]>0
     model.eval(); torch.manual_seed(1)                 # without batch statistics, a head's dropout would be all that differs between two passes
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.train()
-    frozen = [cb.feature_layer(model, u) for _ in range(2)]
+    frozen = [layer(model, u) for _ in range(2)]
     if name not in ('vgg11_bn','efficientnet_b0','vit'): assert torch.equal(*frozen)
-    assert cb.pretext_head.weight.grad is not None and learn.recorder.values[0][-2]>0
-    for h in hooks: h.remove()
     learn.remove_cb(cb)
     assert list(model.state_dict())==keys and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -58,8 +59,7 @@ def test_batchnorm_groups(name):
         if isinstance(m, nn.Dropout): m.p = 0.
     if hasattr(model,'drop_rate'): model.drop_rate = 0.
     first,second = copy.deepcopy(model),copy.deepcopy(model)
-    cb = BatchNormGroups(2); cb.learn = SimpleNamespace(model=model)
-    cb.before_train(); got = model(x); cb.after_train()
+    with bn_groups(model, 2): got = model(x)
     assert torch.allclose(got, torch.cat([first(x[:3]),second(x[3:])]), atol=1e-5)
     for (k,v),w in zip(model.state_dict().items(), first.state_dict().values()): assert torch.allclose(v, w, atol=1e-6), k
 
@@ -71,10 +71,11 @@ def test_unlabelled_loader_starts_over():
     x,y = torch.randn(2,3,64,64),torch.tensor([0,1])
     learn = Learner(DataLoaders(Three(x,y), Loader(x,y), Loader(x)), tv.resnet18(num_classes=3), loss_func=nn.CrossEntropyLoss(), opt_func=SGD, cbs=RotationPretext())
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    assert len(learn.recorder.losses)==3 and learn.pretext.n_taken==1
+    assert len(learn.recorder.losses)==3 and learn.unlabeled_step.n_taken==1
 
 def test_no_place_is_an_error_that_says_so():
     model,x = tv.squeezenet1_1(num_classes=3),torch.randn(2,3,64,64)
     learn = Learner(DataLoaders(Loader(x, torch.tensor([0,1])), Loader(x, torch.tensor([0,1])), Loader(x)), model, loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
-    with pytest.raises(ValueError, match='SqueezeNet.*features='): learn.add_cb(RotationPretext())
-    learn.add_cb(RotationPretext(features='features')); assert learn.pretext.feature_layer.width==512
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(ValueError, match='SqueezeNet.*features='): learn.fit(1, cbs=RotationPretext())
+        cb = RotationPretext(features='features'); learn.fit(1, 1e-3, cbs=cb); assert cb.fit_heads['head'].in_features==512

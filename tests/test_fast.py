@@ -114,7 +114,7 @@ def test_command(folder, tmp_path, capsys):
 def test_not_enough_memory(folder, tmp_path, capsys, monkeypatch):
     "A sentence with the way out, from the callback and from the command"
     learn = sesemi_learner(paired(folder), resnet10, cbs=RotationPretext())
-    monkeypatch.setattr(learn.pretext.objective, 'loss', lambda *a: torch.empty(2**60))
+    monkeypatch.setattr(RotationPretext, 'loss', lambda *a: torch.empty(2**60))
     with pytest.raises(MemoryError, match='smaller unlabeled_bs.*sequential'): quiet(learn, 'fit', 1)
     monkeypatch.setattr(imagewang, 'seconds_per_step', lambda *a: torch.empty(2**60))
     status,said = command(capsys, folder, '--recipe','fast','--size',32,'--arch','resnet10','--unlabeled_bs',4, '--out', tmp_path/'out', '--cache', tmp_path/'cache')

@@ -138,3 +138,12 @@ def test_errors(dls):
         with pytest.raises(ValueError, match=text): FixMatch(**kw)
     with pytest.raises(ValueError, match='threshold=2'): PseudoLabel(threshold=2)
     with pytest.raises(ValueError, match='eps=0'): VAT(eps=0)
+
+@pytest.mark.parametrize('cb', [PseudoLabel(threshold=.5, ramp_pct=0), FixMatch(threshold=.5), PiModel(), EntropyMin(.1)], ids=lambda o: o.name)
+def test_figures_of_several_labels(dls, cb):
+    "with several labels an image, an objective's figure is the mean over images and classes: a share stays one"
+    class Bits(nn.BCEWithLogitsLoss):
+        def forward(self, out, y): return super().forward(out, nn.functional.one_hot(y, 2).float())
+    learn = Learner(dls, net(), loss_func=Bits(), metrics=[])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=cb)
+    assert 0<=learn.recorder.values[0][-1]<=1

@@ -73,6 +73,6 @@ def test_wheel_holds_the_sample(copy, tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
     assert {'sesemi_fastai/data/fashionwang.tgz','sesemi_fastai/data/LICENSE-fashionwang','sesemi_fastai/imagewang.py'}<=set(names)
     entry = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).read(next(o for o in names if o.endswith('entry_points.txt'))).decode()
-    assert 'sesemi_imagewang = sesemi_fastai.imagewang:main' in entry
+    for o in cfg['console_scripts'].split(): assert o.replace('=', ' = ') in entry
     meta = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).read(next(o for o in names if o.endswith('METADATA'))).decode()
     for o in cfg['distributed_requirements'].split(): assert f'Requires-Dist: {o}; extra == "distributed"' in meta and o in cfg['dev_requirements'].split()

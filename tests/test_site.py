@@ -1,5 +1,5 @@
 "The site builds, and nothing is broken or lost in it"
-import re,shutil,subprocess,sys
+import ast,re,shutil,subprocess,sys
 from pathlib import Path
 import pytest
 pytest.importorskip('smalldocs', reason='smalldocs needs Python 3.11')
@@ -31,7 +31,7 @@ def test_every_page_is_in_the_sidebar(site):
 
 def test_faults_are_found(site, tmp_path):
     docs = shutil.copytree(site[0], tmp_path/'docs')
-    for page,old,new in [('api/data.html', 'href="../api/', 'href="../api/no-'), ('api/data.html', 'id="PairedDataLoaders"', 'id="other"'), ('api/data.html', '<code>unlabeled_bs</code>', ''),
+    for page,old,new in [('api/data.html', 'href="../use.html"', 'href="../no-use.html"'), ('api/data.html', 'id="PairedDataLoaders"', 'id="other"'), ('api/data.html', '<code>unlabeled_bs</code>', ''),
             ('index.html', '<main', '<main><img src="site_libs/smalldocs.css"><i '), ('api/optimizer.html', '<p>', '<p>\n#| export\n'), ('api/schedule.html', '<p>', '<p>A picture '), ('learner_features.html', '<p>', '<p><script>')]:
         text = (docs/page).read_text(encoding='utf-8'); assert old in text, (page,old)
         (docs/page).write_text(text.replace(old, new), encoding='utf-8')
@@ -62,3 +62,11 @@ def test_addresses_come_from_the_settings(monkeypatch):
     monkeypatch.setitem(readme.cfg, 'git_url', 'https://example.org/me/it')
     assert 'pip install git+https://example.org/me/it' in readme.render(index)
     assert 'https://example.org/me/it/blob/main/sesemi_fastai/' in build_site.source_link(build_site.importlib.import_module('sesemi_fastai.schedule').PolyWarmup)
+
+def test_messages_use_the_fields_words():
+    # What the package prints, warns and raises; the pages have its docstrings
+    faults = []
+    for o in sorted((root/'sesemi_fastai').glob('*.py')):
+        for c in ast.walk(ast.parse(o.read_text(encoding='utf-8'))):
+            if isinstance(c, ast.Constant) and isinstance(c.value, str): faults += [f'{o.name}, line {c.lineno}: {w}' for w in check_site.wrong_words(c.value)]
+    assert not faults, '\n'.join(faults)

@@ -30,22 +30,21 @@ class Watch(Callback):
     "What goes in and comes out of each training step"
     order = 100
     def before_fit(self): self.steps = []
-    def before_train(self):
-        old = self.pretext.objective.batch
-        if not hasattr(self,'_wrapped'): self.pretext.objective.batch = lambda x: setattr(self,'last',x.clone()) or old(x)
-        self._wrapped = True
-    def _state(self): return {k.removeprefix('module.'):v.clone() for k,v in self.model.state_dict().items()}
+    def _heads(self, f=lambda p: p): return {f'rotation.{n}':f(p).detach().clone() for n,p in self.rotation.fit_heads.named_parameters()}
+    def _state(self): return {k.removeprefix('module.'):v.clone() for k,v in self.model.state_dict().items()}|self._heads()
     def before_batch(self):
         if self.training: self.steps.append(dict(x=self.x.clone(), y=self.y.clone(), before=self._state(), noise=torch.rand(1).item(), n_iter=self.n_iter))
-    def before_step(self): self.steps[-1]['grads'] = {n.removeprefix('module.'):p.grad.clone() for n,p in self.model.named_parameters()}
+    def before_step(self): self.steps[-1]['grads'] = {n.removeprefix('module.'):p.grad.clone() for n,p in self.model.named_parameters()}|self._heads(lambda p: p.grad)
+    def after_loss(self):
+        if self.training: self.steps[-1]['u'] = self.unlabeled_step._batch.x.clone()
     def after_batch(self):
-        if self.training: self.steps[-1].update(u=self.last, after=self._state(), pretext=self.pretext._last_loss.item())
+        if self.training: self.steps[-1].update(after=self._state(), pretext=self.unlabeled_step._last['rotation'].item())
 
 class Nan(Callback):
     "A pretext loss that isn't finite, in the second process alone"
     order = 4.5
     def after_batch(self):
-        if self.training and self.iter==1 and rank_distrib(): self.pretext._last_loss.fill_(float('nan'))
+        if self.training and self.iter==1 and rank_distrib(): self.unlabeled_step._last['rotation'].fill_(float('nan'))
 
 def learner(dls, *cbs, **kw):
     learn = Learner(dls, net(), loss_func=nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=.9), metrics=accuracy, cbs=[RotationPretext(**kw), Watch(), StepSeed(), *cbs])
@@ -72,13 +71,14 @@ if __name__=='__main__':
     dls = data(4,2); learn = learner(dls); facts['loaders left'] = fit(learn) and [o is p for o,p in zip(dls.loaders, learn.dls.loaders)]
     facts['loaders left'].append(type(learn.model) is nn.Sequential)
     torch.manual_seed(rank)                                            # of what is drawn with seed=None
-    learn = learner(data(4,2,seed=None,n_valid=7)); own = learn.dls.train.seed,learn.pretext.pretext_head.weight.clone()
+    learn = learner(data(4,2,seed=None,n_valid=7)); own = learn.dls.train.seed
     facts['no seed'] = fit(learn)|dict(own=own, seeds=[o.seed for o in learn.dls.loaders[::2]])
     with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar():
         facts['preds'] = [learn.get_preds(ds_idx=i) for i in range(2)]
     facts['model'] = learn.model.state_dict()
     facts['nan'] = fit(learner(data(4,2), Nan(), TerminateOnNaNCallback()))['steps_done']
-    facts['unused'] = error(lambda: fit(learner(data(4,2)), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]))
-    facts['too few'] = error(lambda: fit(learner(data(16,2))))
+    for backward in ('joint','sequential'): facts['unused '+backward] = fit(learner(data(4,2), backward=backward), 2, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    dls = data(4,2); dls.train.bs = 16
+    facts['too few'] = error(lambda: fit(learner(dls)))
     torch.save(facts, f'{sys.argv[1]}/rank-{rank}.pt')
     torch.distributed.destroy_process_group()

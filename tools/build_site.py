@@ -111,10 +111,16 @@ def api(texts):
     return entries,index
 
 def overview(index):
-    "A table of every public name"
-    def said(o): return '' if not callable(o) else _text(_cell((inspect.getdoc(o) or '').split('\n')[0]))
-    rows = [f"| [`{k}`](../{page}#{k}) | {said(getattr(o,'__func__',o))} |" for k,(page,o) in sorted(index.items(), key=lambda o: o[0].lower()) if k[0].isupper() and '.' not in k or '.' not in k]
-    return '\n'.join(['## Every public name','','| name | what it is |','| --- | --- |',*rows])
+    "Tables of all names: those that `import *` gives, methods that are patched into fastai, and those of the modules"
+    said = lambda o: '' if not callable(o) else _text(_cell((inspect.getdoc(o) or '').split('\n')[0]))
+    given = {*importlib.import_module(f"{cfg['lib_name']}.all").__all__}
+    kind = lambda k: 0 if k.split('.')[0] in given else 1 if '.' in k else 2
+    titles = ['What `import *` gives','Methods of fastai\'s classes','In the modules']
+    parts = []
+    for n,title in enumerate(titles):
+        rows = [f"| [`{k}`](../{page}#{k}) | {said(getattr(o,'__func__',o))} |" for k,(page,o) in sorted(index.items(), key=lambda o: o[0].lower()) if kind(k)==n]
+        if rows: parts += [f'## {title}','','| name | what it is |','| --- | --- |',*rows,'']
+    return '\n'.join(parts)
 
 # ---- text
 
@@ -227,7 +233,8 @@ def mend(page):
 
 def build(dst=docs, stage_to=proc):
     "The whole site; returns the names that have entries, and the renderer's warnings"
-    from smalldocs.site import build as render
+    try: from smalldocs.site import build as render
+    except ImportError: sys.exit('smalldocs, which renders the pages, is not installed: it needs Python 3.11 or newer; then `make site` installs it.')
     index = stage(stage_to); site = render(stage_to, quiet=True)
     shutil.rmtree(dst, ignore_errors=True); shutil.move(site.out, dst)
     for o in dst.rglob('*.html'): o.write_text(mend(o.read_text(encoding='utf-8')), encoding='utf-8')

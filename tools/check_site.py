@@ -56,7 +56,7 @@ def paragraphs(staged):
     "The texts of a staged page that a reader must find: paragraphs, and cells of code"
     if staged.suffix=='.md': return [plain(o) for o in re.split(r'\n\s*\n', staged.read_text(encoding='utf-8').split('---\n',2)[2])]
     cells = nbformat.read(staged,4).cells
-    return [plain(o) for c in cells if c.cell_type=='markdown' for o in re.split(r'\n\s*\n', c.source)] + [re.sub(r'^#\|.*\n?','',c.source,flags=re.M) for c in cells if c.cell_type=='code']
+    return [plain(o) for c in cells if c.cell_type=='markdown' for o in re.split(r'\n\s*\n', c.source)] + [re.sub(r'^#\|.*\n?','',c.source,flags=re.M) for c in cells if c.cell_type=='code' and not re.search(r'^#\|\s*echo:\s*false', c.source, re.M)]
 
 def params_of(o):
     "Parameters of a function, or of a class that has an `__init__` of its own; those of a base class of others are theirs to explain"

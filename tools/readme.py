@@ -33,16 +33,28 @@ def render(index):
     return re.sub(r'\]\((?![a-z]+:|#)', '](nbs/', text).replace('](nbs/about/contributing.md', '](CONTRIBUTING.md').replace('](nbs/about/changelog.md', '](CHANGELOG.md')
 
 # Page: the tests it shows, and what its first two columns are called
-pages = {'learner_features': (('matrix','distributed'), 'with', 'what is checked'), 'hard_cases': (('hard_cases',), 'data', 'outcome')}
+pages = {'learner_features': (('matrix','distributed'), 'with', 'what is checked', True), 'hard_cases': (('hard_cases',), 'data', 'outcome')}
 
-def table(tests, what, checked):
-    "A row for each test of some files: its docstring up to the first colon, the rest, its name"
-    rows = [f'| {what} | {checked} | test |','| --- | --- | --- |']
-    for o in sum((ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body for nm in tests), []):
-        if not (isinstance(o, ast.FunctionDef) and o.name.startswith('test_')): continue
-        what,_,checked = ast.get_docstring(o).partition(': ')
-        rows.append(f'| {what} | {checked} | `{o.name}` |')
-    return '\n'.join(rows)
+# Topics of the page about fastai's features, by what the name of a test says; the first that fits
+topics = {'Several processes':r'^distributed', 'Losses, targets and data':r'losses|mixup|multi_label|regression|vision_learner|data_block|datablock|weight',
+    'Precision, memory and gradients':r'bfloat|precision|channels_last|accumulation|clip|sequential|groups', 'Recording and showing':r'column|csv|plot|progress|tensorboard|wandb|summary|interpretation|validate_predict|show',
+    'Saving, stopping and going on':r'save|load|stopping|plateau|nan|cancel|two_fits|add_|cbs|export|interrupt|resume', 'Fitting and schedules':r''}
+
+def rows_of(tests):
+    "What a test's docstring says up to its first colon, the rest, its name, and the file, for each test of some files"
+    for nm in tests:
+        for o in ast.parse((root/f'tests/test_{nm}.py').read_text(encoding='utf-8')).body:
+            if isinstance(o, ast.FunctionDef) and o.name.startswith('test_') and ast.get_docstring(o): yield *ast.get_docstring(o).partition(': ')[::2],o.name,nm
+
+def table(tests, what, checked, topics=None):
+    "A row for each test of some files, in one table or, by topic, in several"
+    head = [f'| {what} | {checked} | test |','| --- | --- | --- |']
+    row = lambda o: f"| {o[0]} | {' '.join(o[1].split())} | `{o[2]}` |"
+    if not topics: return '\n'.join([*head, *map(row, rows_of(tests))])
+    by = {k:[] for k in topics}
+    for o in rows_of(tests): by[next(k for k,v in topics.items() if re.search(v, f'{o[3]} {o[2]}'))].append(o)
+    order = [*reversed(by)]
+    return '\n\n'.join(f"**{k}**\n\n"+'\n'.join([*head,*map(row,by[k])]) for k in order if by[k])
 
 def mutants():
     "What became of each breakage in the last run of tests/mutants.py"
@@ -145,7 +157,7 @@ def with_tables(text, tables):
 
 if __name__=='__main__':
     texts,(acc,said) = {},accuracies()
-    made = {**{k:[table(*v)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),f'{acc}\n\n{said}'],
+    made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),f'{acc}\n\n{said}'],
         'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),f'{acc}\n\n{said}']}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)

@@ -23,7 +23,7 @@ def tidy(nb):
             if 'metadata' in o: o.metadata = {}
             data = o.get('data',{})
             if 'text/html' in data:
-                data['text/html'] = re.sub(r'\s*<style>.*?</style>|\s*<div>\s*<progress.*?</div>', '', data['text/html'], flags=re.S).strip()
+                data['text/html'] = re.sub(r'\s*<style[^>]*>.*?</style>|\s*<div>\s*<progress.*?</div>', '', data['text/html'], flags=re.S).strip()
                 if not data['text/html']: continue
                 for k in ('text/plain','text/markdown'): data.pop(k, None)
             if 'image/png' in data: data.pop('text/plain', None)

@@ -4,18 +4,19 @@
 
 Every run is a line in results/objectives/NAME.jsonl as soon as it ends; a run that is there isn't repeated, so a broken-off command goes on."""
 import argparse,json,os,sys,time
+from functools import partial
 from pathlib import Path
 from fastai.vision.all import accuracy,torch
 from sesemi_fastai.all import (BarlowTwins,EMA,EntropyMin,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,PiModel,PseudoLabel,RotationPretext,VAT,resnet10,sesemi_learner)
 from sesemi_fastai.imagewang import get_data
 from sesemi_fastai.streams import random_key,seeded
 from sesemi_fastai.images import unpack
-from torchvision.models import resnet18
 from common import machine
 
 results = Path(__file__).parent/'results'/'objectives'
 # steps of `bs` labelled images, and unlabelled ones of as many passes; VAT's length goes with the side of the images
-data = dict(fashionwang=dict(size=28, arch=resnet10, steps=300, bs=32, lr=.05, eps=40*28/224), imagewang=dict(size=64, arch=resnet18, steps=600, bs=32, lr=.05, eps=40*64/224))
+data = dict(fashionwang=dict(size=28, steps=300, bs=32, lr=.05), imagewang=dict(size=32, steps=600, bs=32, lr=.05))
+arch = partial(resnet10, width=32)
 
 def objectives(eps):
     "Each alone, as a function, so that every run has its own"
@@ -30,7 +31,7 @@ def configs(eps):
     both = {f'rotation+{k}':(lambda v=v: alone['rotation']()+v()) for k,v in alone.items() if not k.startswith('rotation')}
     return dict(baseline=list, baseline_ema=lambda: [EMA()])|alone|both
 
-def run(path, name, make, seed, size, arch, steps, bs, lr, eps):
+def run(path, name, make, seed, size, steps, bs, lr):
     "Train once; the line to be written"
     cbs = make()
     per_image = sum(getattr(o,'passes_per_image',0.) for o in cbs)
@@ -49,7 +50,7 @@ def main(args):
     results.mkdir(parents=True, exist_ok=True); out = results/f'{a.data}.jsonl'
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     for seed in range(a.seeds):
-        for name,make in configs(kw['eps']).items():
+        for name,make in configs(40*kw['size']/224).items():
             done = {(r['name'],r['seed']) for r in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
             if (name,seed) in done or (a.only and name not in a.only): continue
             r = run(path, name, make, seed, **kw)
