@@ -442,6 +442,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'sesemi_fastai/losses.py'),
                                       'sesemi_fastai.losses._MeanOverProcesses.forward': ( 'losses.html#_meanoverprocesses.forward',
                                                                                            'sesemi_fastai/losses.py'),
+                                      'sesemi_fastai.losses._far_orders': ('losses.html#_far_orders', 'sesemi_fastai/losses.py'),
                                       'sesemi_fastai.losses._unit': ('losses.html#_unit', 'sesemi_fastai/losses.py'),
                                       'sesemi_fastai.losses._wide': ('losses.html#_wide', 'sesemi_fastai/losses.py'),
                                       'sesemi_fastai.losses.barlow_twins_loss': ( 'losses.html#barlow_twins_loss',

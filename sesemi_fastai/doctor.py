@@ -93,7 +93,7 @@ def _duplicates(looks, files):
             out[k] += [p for p,r in zip(ps[len(labels)<2:], roles[len(labels)<2:]) if r>0]
     n = lambda k: f"{_n(len(rows[k]),'group')}, {_n(len(out[k]),'file')} to leave out"
     limit = '' if bits==8 else f'; these images look so much alike that only hashes within {bits} bits count'
-    return [Finding('leaks', 'Copies of validation images', 'A validation image that is also trained on, as another file: the accuracy is too good.', n('leaks'), rows['leaks'], out['leaks']),
+    return [Finding('leaks', 'Duplicates of validation images', 'A validation image that is also trained on, as another file: the accuracy is too good.', n('leaks'), rows['leaks'], out['leaks']),
             Finding('duplicates', 'Exact duplicates', 'Different files with the same pixels, which count twice.', n('duplicates'), rows['duplicates'], out['duplicates']),
             Finding('near_duplicates', 'Near-duplicates', 'The same photograph saved, sized, cut or coloured a little differently. Look at them: a few are only alike.', n('near_duplicates')+limit, rows['near_duplicates'], out['near_duplicates'])]
 

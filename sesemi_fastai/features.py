@@ -52,7 +52,9 @@ class FeatureLayer:
     ): # A list, to which each forward pass within the context appends its features, as they are
         "What the module gets or gives in passes of `model` within this context"
         got,m = [] if got is None else got,self.module(model)
-        def hook(m, inp, out=None): got.append(inp[0] if self.at_input else out)
+        def hook(m, inp, out=None):
+            x = inp[0] if self.at_input else out
+            got.append(x.clone() if self.at_input and getattr(m,'inplace',False) else x)   # a dropout may overwrite its input
         h = m.register_forward_pre_hook(hook) if self.at_input else m.register_forward_hook(hook)
         try: yield got
         finally: h.remove()

@@ -8,7 +8,7 @@ __all__ = ['class_log_probs', 'class_probs', 'entropy_loss', 'pseudo_label_loss'
 
 # %% ../nbs/05a_losses.ipynb #05a00002
 from fastai.vision.all import *
-import itertools
+import functools,itertools
 
 # %% ../nbs/05a_losses.ipynb #05a00005
 def _wide(x):
@@ -142,13 +142,9 @@ def barlow_twins_loss(
     return (1-diag).square().sum()+lam*(c.square().sum()-diag.square().sum())
 
 # %% ../nbs/05a_losses.ipynb #05a00025
-def jigsaw_orders(
-    n_orders:int=6, # K
-    grid:int=3 # Tiles a side, 2 or 3
-)->Tensor: # `(K,grid²)`: the tile that each place shows; always the same for the same arguments
-    "Orders of tiles with large Hamming distances; the first is the identity"
-    if grid not in (2,3): raise ValueError(f"grid={grid} must be 2 or 3.")
-    if not 2<=n_orders<=math.factorial(grid**2): raise ValueError(f"n_orders={n_orders} must be between 2 and {math.factorial(grid**2)} for {grid}×{grid} tiles.")
+@functools.lru_cache
+def _far_orders(n_orders, grid):
+    "Takes half a second, and objectives are made often"
     perms = np.array(list(itertools.permutations(range(grid**2))), dtype=np.int8)
     perms[1:] = np.random.default_rng(0).permutation(perms[1:])   # any of those that are equally far
     res,dist = [0],np.full(len(perms), grid**2)
@@ -156,6 +152,15 @@ def jigsaw_orders(
         dist = np.minimum(dist, (perms!=perms[res[-1]]).sum(1))
         res.append(int(dist.argmax()))
     return torch.from_numpy(perms[res]).long()
+
+def jigsaw_orders(
+    n_orders:int=6, # K
+    grid:int=3 # Tiles a side, 2 or 3
+)->Tensor: # `(K,grid²)`: the tile that each place shows; always the same for the same arguments
+    "Orders of tiles with large Hamming distances; the first is the identity"
+    if grid not in (2,3): raise ValueError(f"grid={grid} must be 2 or 3.")
+    if not 2<=n_orders<=math.factorial(grid**2): raise ValueError(f"n_orders={n_orders} must be between 2 and {math.factorial(grid**2)} for {grid}×{grid} tiles.")
+    return _far_orders(n_orders, grid).clone()
 
 # %% ../nbs/05a_losses.ipynb #05a00028
 def jigsaw(

@@ -40,13 +40,13 @@ def test_backbone(name):
     state = copy.deepcopy(model.state_dict())
     with learn.no_bar(), learn.no_logging():
         for w in (0.,1.): model.load_state_dict(state); cb.weight = w; learn.fit(1, 0., cbs=Last())
-    assert torch.equal(grads[0.], grads[1.]), 'rotated views trained the classifier'
+    assert torch.allclose(grads[0.], grads[1.], rtol=1e-4, atol=1e-7), 'rotated views trained the classifier'
     assert cb.fit_heads['head'].weight.shape==(4,width) and grads['head',0.] is None and grads['head',1.].abs().sum()>0 and learn.recorder.values[0][-2]>0
     model.eval(); torch.manual_seed(1)                 # without batch statistics, a head's dropout would be all that differs between two passes
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.train()
     frozen = [layer(model, u) for _ in range(2)]
-    if name not in ('vgg11_bn','efficientnet_b0','vit'): assert torch.equal(*frozen)
+    if name not in ('vgg11_bn','vit'): assert torch.equal(*frozen)
     learn.remove_cb(cb)
     assert list(model.state_dict())==keys and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

@@ -8,7 +8,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CategoryBlock,Cros
     MultiCategoryBlock,ProgressCallback,RegressionBlock,Resize,SaveModelCallback,SGD,TerminateOnNaNCallback,get_image_files,noop,vision_learner)
 from torchvision.models import resnet18
 from fastai.callback.all import GradientAccumulation,GradientClip,MixUp
-from sesemi_fastai.all import BFloat16,EMA,EntropyMin,FixMatch,PairedDataLoaders,PiModel,RotationPretext,StepSeed,UnlabeledObjective
+from sesemi_fastai.all import BFloat16,EMA,EntropyMin,FixMatch,PairedDataLoaders,RotationPretext,StepSeed,UnlabeledObjective
 from test_objectives import apart,dls,equal,family
 
 def net(norm=False, n_out=2):
@@ -134,7 +134,6 @@ def test_exports(dls, tmp_path, predict_alone):
         learn.export(f'{name}.pkl')
         assert b'sesemi' not in (tmp_path/f'{name}.pkl').read_bytes() and len(learn.cbs)==n
         with learn.no_bar(): want[str(tmp_path/f'{name}.pkl')] = learn.predict(image)[2].tolist()
-        learn.fit(1, 1e-2)
     check = f"for f,want in {want!r}.items():\n    got = load_learner(f).predict({str(image)!r})[2]\n    assert torch.allclose(got, tensor(want), atol=1e-5), f"
     assert predict_alone(next(iter(want)), image, check)==pytest.approx(next(iter(want.values())), abs=1e-5)
 

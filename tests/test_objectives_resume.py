@@ -1,10 +1,10 @@
 "Objectives, their heads and thresholds, and averages of weights: a fit that was cut ends as the one that wasn't, bitwise"
-import random,shutil,signal
+import random,signal
 from functools import partial
 import numpy as np,pytest,torch
 from PIL import Image
 from fastai.vision.all import Adam,Callback,Learner,ProgressCallback,SaveModelCallback,accuracy,noop
-from sesemi_fastai.all import (BarlowTwins,EMA,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,ResumeTraining,RotationPretext,TrainingStopped,UnlabeledObjective,VAT)
+from sesemi_fastai.all import (BarlowTwins,EMA,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,ResumeTraining,RotationPretext,TrainingStopped,VAT)
 from test_objectives import net
 from test_resume import load,note,processes,run,same,survive
 import killed

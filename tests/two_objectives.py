@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 from fastai.vision.all import Callback,ConvLayer,Learner,SGD,noop
-from sesemi_fastai.all import StepSeed,UnlabeledObjective
+from sesemi_fastai.all import StepSeed
 from sesemi_fastai.distributed import on_processes
 from test_objectives import family
 from two_processes import data
