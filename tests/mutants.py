@@ -272,7 +272,6 @@ mutants = [
     M('run', "if (why := failed_run(folder)): raise", "if False: raise", 'run'),
     M('imagewang', "if args['no_val']: given['val_in_pool'] = False", "pass", 'test_runs.py::test_no_val_of_the_command'),
     M('imagewang', "seed=cfg.seed+i", "seed=cfg.seed", 'test_runs.py::test_command_with_baseline'),
-    M('imagewang', "if args['no_val']: given", "if False: given", 'test_runs.py::test_no_val_of_the_command'),
     M('folders', "of[k][:per_class]", "of[k][-per_class:]", 'folders test_runs.py::test_labels_that_are_not_used_are_not_read'),
     M('folders', "if len(v)<per_class}", "if len(v)<0}", 'folders'),
     M('data', "if labels_per_class is not None: files", "if False: files", 'test_runs.py::test_labels_that_are_not_used_are_not_read'),
