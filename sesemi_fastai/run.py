@@ -209,8 +209,9 @@ def train_run(
         except DivergedError as e:
             if first_process: write_json(folder/'failed.json', dict(message=str(e), settings=cfg.settings(baseline), versions=versions(), commit=_commit()))
             raise
+        steps = [*zip(learn.recorder.hps['lr'], map(float, learn.recorder.losses))]   # the validation below empties the Recorder
         res = _results(cfg, learn, dls, saver.seconds, baseline)
-        if first_process: _write_results(folder, learn, res); saver.clear()
+        if first_process: _write_results(folder, learn, steps, res); saver.clear()
     return res
 
 def _earlier(cfg, folder, baseline, resume):
@@ -227,11 +228,11 @@ def _results(cfg, learn, dls, seconds, baseline):
     return asdict(cfg)|dict(accuracy=100*acc, steps=total, steps_per_epoch=n, baseline=baseline, bs=bs, processes=cfg.processes, image_passes=round(total*cfg.passes_per_step(bs, baseline)),
         counts=image_counts(dls), classes=list(map(printable, dls.vocab)), chance=dict(accuracy=1/len(dls.vocab))|chance, bad_images=[(printable(p),w) for p,w in dls.bad_images], seconds=round(seconds, 1), versions=versions(), commit=_commit(), settings=cfg.settings(baseline))
 
-def _write_results(folder, learn, res):
+def _write_results(folder, learn, steps, res):
     "Weights, steps, and last the results: a folder that has them is a run that finished"
     torch.save({k:v.cpu() for k,v in learn.model.state_dict().items()}, folder/'model.pth')
     with open(folder/'steps.csv','w',newline='') as f:
-        csv.writer(f).writerows([('step','lr','loss'), *((i,lr,float(l)) for i,(lr,l) in enumerate(zip(learn.recorder.hps['lr'], learn.recorder.losses)))])
+        csv.writer(f).writerows([('step','lr','loss'), *((i,*o) for i,o in enumerate(steps))])
     write_json(folder/'results.json', res)
 
 # %% ../nbs/14_run.ipynb #2c631053
