@@ -167,7 +167,7 @@ def test_imagewang(folder, tmp_path, launcher):
     pytest.importorskip('accelerate'); out = tmp_path/'out'
     text = launch(*launcher,'-m','sesemi_fastai.imagewang',folder,'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--baseline',
                   '--num_workers','0','--steps','3','--out',out)
-    for o in ('A step     16 labelled images and 4 unlabelled in 4 rotations, over 2 processes','2 epochs of 3 steps = 6 steps, 192 image passes','run-0: accuracy','|32|2|SESEMI|'):
+    for o in ('A step     16 labelled images and 4 unlabelled, over 2 processes; objective rotation, 4 passes for each unlabelled image','2 epochs of 3 steps = 6 steps, 192 image passes (96 of a baseline)','run-0: accuracy','|32|2|SESEMI|'):
         assert text.count(o)==1, (o, text)
     for kind,passes in (('run',192),('baseline',96)):
         assert {o.name for o in (out/f'{kind}-0').iterdir()}=={'results.json','model.pth','history.csv','steps.csv','curves.png'}
