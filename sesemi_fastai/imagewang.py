@@ -148,7 +148,7 @@ def sesemi_imagewang(
     unlabeled_bs:int=None, # Unlabelled images a step [32; sample 64]
     bs:int=None, # Labelled images a step [four times the unlabelled ones, or as many as there are]
     labels_per_class:int=None, # Labelled images of each class, the first by name; the others are in the unlabelled pool [all; sample 2]
-    runs:int=None, # Runs, with seeds that follow each other [1; sample 3]
+    runs:int=None, # Runs, with seeds that follow each other [1; sample 2]
     seed:int=0, # Seed of the first run
     lr:float=None, # Highest learning rate [0.1; adamw 0.003, ranger 0.008]
     warmup_epochs:float=None, # Epochs of warm-up [the smaller of 10 and an eighth of the epochs]
@@ -178,7 +178,7 @@ def sesemi_imagewang(
     "Train SESEMI on Imagewang, or on data of its shape, and report as fastai's leaderboard asks"
     args = dict(locals())
     if report: return print(write_report(out or '.', link, class_names))
-    cfg,runs = _config(args),ifnone(runs, 3 if data=='sample' else 1)
+    cfg,runs = _config(args),ifnone(runs, 2 if data=='sample' else 1)
     path = local_first(get_data, data)
     cfg = replace(cfg, data=str(path))
     out = from_rank0(lambda: check_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
