@@ -50,7 +50,7 @@ for m in {modules!r}:
     r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
     assert r.returncode==0, r.stderr[-2000:]
     lines = r.stdout.splitlines(); changed,added = eval(lines[0])
-    assert changed==[] and 'Learner.fit_poly_warmup' in added and set(added)<={'Learner.fit_poly_warmup','Recorder.plot_objectives'}, (changed,added)
+    assert changed==[] and 'Learner.fit_poly_warmup' in added and set(added)<={'Learner.fit_poly_warmup','Learner.fit_cosine_warmup','Recorder.plot_objectives'}, (changed,added)
     assert lines[-1]=='PrettyString'
 
 def test_a_command_starts_without_torch():

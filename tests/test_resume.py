@@ -6,7 +6,7 @@ from torch import nn
 from fastai.vision.all import (Callback,GradientAccumulation,ImageDataLoaders,Learner,ProgressCallback,Resize,accuracy,aug_transforms,
     get_image_files,noop,set_seed)
 from sesemi_fastai.all import *
-from sesemi_fastai.checkpoint import unpack_state
+from sesemi_fastai.checkpoint import unpack_state,write_checkpoint
 from sesemi_fastai.imagewang import imagewang_command
 sys.path.insert(0, str(Path(__file__).parent))
 import killed

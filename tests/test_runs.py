@@ -42,7 +42,7 @@ def test_val_can_be_kept_out(folder):
     assert len(items)==16+12 and not any(folder/'val' in o.parents for o in items)
 
 def test_baseline_sees_the_same_labelled_images(folder):
-    a,b = (config(folder).dls().train.get_idxs() for _ in range(2))
+    a,b = (list(config(folder).dls().train.get_idxs()) for _ in range(2))
     assert a==b
 
 def test_command_with_baseline(folder, tmp_path):

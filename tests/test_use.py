@@ -9,6 +9,9 @@ from fastai.vision.all import (CategoryBlock,DataBlock,GrandparentSplitter,Image
                                Resize,TensorImage,TfmdDL,Transform,aug_transforms,get_image_files,parent_label)
 from sesemi_fastai.all import *
 from sesemi_fastai import images
+from sesemi_fastai.folders import split_folder
+from sesemi_fastai.images import check_images
+from sesemi_fastai.probe import check_views
 
 def own(folder, **kw):
     "A user's DataLoaders, with fastai's augmentation"
