@@ -126,7 +126,8 @@ class UnlabeledObjective(TransientCallback):
 @patch
 def state_dict(self:UnlabeledObjective)->dict: # Plain values and tensors
     "Heads, the state of their optimizer, and what is kept over steps"
-    return dict(heads=dict(self.fit_heads.state_dict()), opt=self.fit_opt and self.fit_opt.state_dict(), kept={k:v.state_dict() for k,v in self.kept.items()})
+    return dict(heads=dict(self.fit_heads.state_dict()), opt=self.fit_opt and self.fit_opt.state_dict(), kept={k:v.state_dict() for k,v in self.kept.items()},
+        grads={n:p.grad.clone() for n,p in self.fit_heads.named_parameters() if p.grad is not None})   # of steps that are still accumulated
 
 @patch
 def load_state_dict(self:UnlabeledObjective,
@@ -137,6 +138,7 @@ def load_state_dict(self:UnlabeledObjective,
     opt = self.fit_opt
     if opt is not None: opt.load_state_dict(state['opt'] if isinstance(opt, OptimWrapper) else to_device(state['opt'], first(self.fit_heads.parameters()).device))
     for k,v in self.kept.items(): v.load_state_dict(state['kept'][k])
+    for n,p in self.fit_heads.named_parameters(): p.grad = state['grads'][n].to(p, copy=True) if n in state['grads'] else None
 
 @patch
 def prepare(self:UnlabeledObjective,
