@@ -4,7 +4,8 @@ import pytest,torch
 from torch import nn
 from torchvision import models as tv
 from fastai.vision.all import Callback,DataLoaders,Learner,SGD,create_vision_model,xresnet18
-from sesemi_fastai.all import RotationPretext,bn_groups,find_feature_layer
+from sesemi_fastai.all import RotationPretext,find_feature_layer
+from sesemi_fastai.batchnorm import bn_groups
 
 def vit(num_classes): return tv.VisionTransformer(image_size=64, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=num_classes)
 def by_timm(name, **kw):

@@ -8,6 +8,7 @@ import fastai.callback.data # `weighted_dataloaders` and `partial_dataloaders`
 from fastai.vision.all import (CategoryBlock,DataBlock,GrandparentSplitter,ImageBlock,ImageDataLoaders,Learner,PILImage,
                                Resize,TensorImage,TfmdDL,Transform,aug_transforms,get_image_files,parent_label)
 from sesemi_fastai.all import *
+from sesemi_fastai.streams import EpochSamples
 from sesemi_fastai import images
 from sesemi_fastai.folders import split_folder
 from sesemi_fastai.images import check_images

@@ -7,6 +7,10 @@ import numpy as np,PIL
 from PIL import Image
 from fastai.vision.all import Datasets,noop
 from sesemi_fastai.all import *
+from sesemi_fastai.cache import ImageCache
+from sesemi_fastai.folders import split_folder
+from sesemi_fastai.images import check_images
+from sesemi_fastai.streams import StreamDL
 from sesemi_fastai import cache as cache_module
 
 def seconds(f):
