@@ -127,7 +127,7 @@ class UnlabeledObjective(TransientCallback):
 def state_dict(self:UnlabeledObjective)->dict: # Plain values and tensors
     "Heads, the state of their optimizer, and what is kept over steps"
     return dict(heads=dict(self.fit_heads.state_dict()), opt=self.fit_opt and self.fit_opt.state_dict(), kept={k:v.state_dict() for k,v in self.kept.items()},
-        grads={n:p.grad.clone() for n,p in self.fit_heads.named_parameters() if p.grad is not None})   # of steps that are still accumulated
+        grads={n:p.grad.clone() for n,p in self.fit_heads.named_parameters() if p.grad is not None and p.grad.count_nonzero()})   # of steps that are still accumulated
 
 @patch
 def load_state_dict(self:UnlabeledObjective,

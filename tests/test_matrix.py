@@ -16,8 +16,8 @@ from fastai.vision.all import (AdaptiveAvgPool,Callback,CancelBackwardException,
 from fastai.callback.all import ChannelsLast,CSVLogger,CutMix,GradientAccumulation,GradientClip,MixedPrecision,MixUp
 from sesemi_fastai.all import BFloat16,EntropyMin,JigsawPretext,NesterovSGD,PairedDataLoaders,PlainProgress,RotationPretext,StepSeed
 from sesemi_fastai.passes import feature_pass
+from sesemi_fastai.features import find_feature_layer
 from sesemi_fastai.randomness import get_generators
-    find_feature_layer,get_generators)
 
 class Net(nn.Module):
     "A small network with names as torchvision gives them"
