@@ -14,7 +14,7 @@ from fastai.vision.all import (AdaptiveAvgPool,Callback,CancelBackwardException,
     SaveModelCallback,SchedLin,SGD,ShowGraphCallback,TerminateOnNaNCallback,accuracy,accuracy_multi,get_image_files,load_learner,mae,tensor,vision_learner,
     set_seed,DataBlock,FuncSplitter,ImageBlock,MultiCategoryBlock,RegressionBlock,Resize,BCEWithLogitsLossFlat,MSELossFlat)
 from fastai.callback.all import ChannelsLast,CSVLogger,CutMix,GradientAccumulation,GradientClip,MixedPrecision,MixUp
-from sesemi_fastai.all import BFloat16,EntropyMin,JigsawPretext,NesterovSGD,PairedDataLoaders,PlainProgress,RotationPretext,StepSeed
+from sesemi_fastai.all import BatchNormGroups,BFloat16,EntropyMin,JigsawPretext,NesterovSGD,PairedDataLoaders,PlainProgress,RotationPretext,StepSeed
 from sesemi_fastai.passes import feature_pass
 from sesemi_fastai.features import find_feature_layer
 from sesemi_fastai.randomness import get_generators
