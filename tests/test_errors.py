@@ -123,7 +123,7 @@ def test_interrupt_outside_training(folder, capsys, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name=='nt', reason='signals')
 def test_interrupt_while_importing(tmp_path):
     "Ctrl-C to the process group, while torch or fastai is being imported"
-    r = subprocess.Popen([sys.executable,'-W','ignore','-c','from sesemi_fastai.command import start_imagewang; print("go", flush=True); start_imagewang()','sample','--out',str(tmp_path/'out')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    r = subprocess.Popen([sys.executable,'-W','ignore','-c','import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from sesemi_fastai.command import start_imagewang; print("go", flush=True); start_imagewang()','sample','--out',str(tmp_path/'out')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     r.stdout.readline(); time.sleep(.7); os.killpg(r.pid, signal.SIGINT)
     _,err = r.communicate(timeout=100)
     assert r.returncode==130 and len(err.strip().splitlines())==1 and 'interrupted' in err, err
