@@ -165,6 +165,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sesemi_fastai.command._Parser.error': ('command.html#_parser.error', 'sesemi_fastai/command.py'),
                                        'sesemi_fastai.command._call': ('command.html#_call', 'sesemi_fastai/command.py'),
                                        'sesemi_fastai.command._help': ('command.html#_help', 'sesemi_fastai/command.py'),
+                                       'sesemi_fastai.command._interrupt_afterwards': ( 'command.html#_interrupt_afterwards',
+                                                                                        'sesemi_fastai/command.py'),
                                        'sesemi_fastai.command._sentence': ('command.html#_sentence', 'sesemi_fastai/command.py'),
                                        'sesemi_fastai.command.command_line': ('command.html#command_line', 'sesemi_fastai/command.py'),
                                        'sesemi_fastai.command.command_parser': ('command.html#command_parser', 'sesemi_fastai/command.py'),

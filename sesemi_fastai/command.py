@@ -6,8 +6,8 @@
 __all__ = ['command_parser', 'command_line', 'run_command', 'start_imagewang', 'start_doctor']
 
 # %% ../nbs/15b_command.ipynb #618b6e58
-import argparse,importlib,inspect,os,re,shlex,sys
-from contextlib import redirect_stdout,nullcontext
+import argparse,importlib,inspect,os,re,shlex,signal,sys,threading
+from contextlib import contextmanager,redirect_stdout,nullcontext
 
 # %% ../nbs/15b_command.ipynb #5a8fda67
 class _Parser(argparse.ArgumentParser):
@@ -52,6 +52,19 @@ def _call(f, args):
     import torch
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
+@contextmanager
+def _interrupt_afterwards():
+    "Ctrl-C within this context comes at its end, a second one at once: libraries that are being imported may swallow it and fail at something else"
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    came = []
+    def note(num, frame):
+        if came: raise KeyboardInterrupt
+        came.append(num)
+    old = signal.signal(signal.SIGINT, note)
+    try: yield
+    finally: signal.signal(signal.SIGINT, old)
+    if came: raise KeyboardInterrupt
+
 def run_command(
     f, # A function whose parameters are the options, or its name as `module:function`
     args=None # The command line; that of the process by default
@@ -60,7 +73,8 @@ def run_command(
     name = f.partition(':')[2] if isinstance(f, str) else f.__name__
     def leave(status, text): print(f'{name}: {text}', file=sys.stderr, flush=True); sys.exit(status)
     try:
-        if isinstance(f, str): f = getattr(importlib.import_module(f'sesemi_fastai.{f.partition(":")[0]}'), name)
+        if isinstance(f, str):
+            with _interrupt_afterwards(): f = getattr(importlib.import_module(f'sesemi_fastai.{f.partition(":")[0]}'), name)
         _call(f, args)
     except KeyboardInterrupt as e:   # `TrainingStopped` is one, which has a signal
         leave(128+getattr(e,'signal',2), _sentence(e) if str(e) else 'interrupted before anything was finished; the same command starts again.')
