@@ -61,7 +61,7 @@ def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnul
     if port: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
     multiprocessing.set_start_method('fork', force=True)   # for the loaders' workers: a fork server of their own would import everything again
-    cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10', unlabeled_bs=4, steps=STEPS, lr=.05, backward=backward)|kw))
+    cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10_16', unlabeled_bs=4, steps=STEPS, lr=.05, backward=backward)|kw))
     dls = local_first(cfg.dls); learn = cfg.learner(dls)
     learn.remove_cb(ProgressCallback); learn.logger = noop
     objectives = cfg.objectives()
@@ -90,6 +90,6 @@ def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnul
 def leave_open(folder):
     "A pass of a loader with workers that is given up, and another that is open when the process ends"
     multiprocessing.set_start_method('fork', force=True)
-    dls = RunConfig(str(folder), 'noise', size=32, arch='resnet10', unlabeled_bs=4, num_workers=2).dls()
+    dls = RunConfig(str(folder), 'noise', size=32, arch='resnet10_16', unlabeled_bs=4, num_workers=2).dls()
     for _ in range(2): passes.append(iter(dls.train)); next(passes[-1]); del passes[:-1]
 passes = []

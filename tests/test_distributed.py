@@ -165,7 +165,7 @@ def test_imagewang(folder, tmp_path, launcher):
     "two processes, `sesemi_imagewang`: one plan, one folder a run, the protocol's counts; the accuracy is that of the weights it wrote, each image once"
     (folder/'val/b/0.png').unlink()                                    # 7 images, which can't be halved
     pytest.importorskip('accelerate'); out = tmp_path/'out'
-    text = launch(*launcher,'-m','sesemi_fastai.imagewang',folder,'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--baseline',
+    text = launch(*launcher,'-m','sesemi_fastai.imagewang',folder,'--size','32','--arch','resnet10_16','--epochs','2','--unlabeled_bs','4','--baseline',
                   '--num_workers','0','--steps','3','--out',out)
     for o in ('A step     16 labelled images and 4 unlabelled, over 2 processes; objective rotation, 4 passes for each unlabelled image','2 epochs of 3 steps = 6 steps, 192 image passes (96 of a baseline)','run-0: accuracy','|32|2|SESEMI|'):
         assert text.count(o)==1, (o, text)
@@ -174,7 +174,7 @@ def test_imagewang(folder, tmp_path, launcher):
         res = json.loads((out/f'{kind}-0/results.json').read_text())
         assert (res['steps'],res['bs'],res['image_passes'],res['processes'])==(6,16,passes,2)
         assert len((out/f'{kind}-0/steps.csv').read_text().splitlines())==7 and len((out/f'{kind}-0/history.csv').read_text().splitlines())==3
-        model = replace_classifier(get_arch('resnet10')(), torch.randn(2,3,32,32), 2).eval()
+        model = replace_classifier(get_arch('resnet10_16')(), torch.randn(2,3,32,32), 2).eval()
         model.load_state_dict(torch.load(out/f'{kind}-0/model.pth', weights_only=True))
         x,y = map(torch.cat, zip(*RunConfig(str(folder), 'noise', size=32, unlabeled_bs=4, num_workers=0).dls().valid))
         with torch.no_grad(): assert res['accuracy']==pytest.approx(100*(model(x.as_subclass(torch.Tensor)).argmax(1)==y).float().mean().item(), abs=1e-3) and len(y)==7
@@ -182,7 +182,7 @@ def test_imagewang(folder, tmp_path, launcher):
 def test_numbers_that_processes_cannot_share(folder, monkeypatch):
     "two processes, `sesemi_imagewang`: batches or groups that can't be shared are refused with words"
     monkeypatch.setenv('WORLD_SIZE','2')
-    cfg = lambda **kw: RunConfig(str(folder), 'noise', **(dict(size=32, arch='resnet10', unlabeled_bs=4, num_workers=0)|kw))
+    cfg = lambda **kw: RunConfig(str(folder), 'noise', **(dict(size=32, arch='resnet10_16', unlabeled_bs=4, num_workers=0)|kw))
     with pytest.raises(ValueError, match='unlabeled_bs=3.*2 processes'): cfg(unlabeled_bs=3).dls()
     dls = cfg().dls(); assert (dls.train.bs,dls.unlabeled.bs)==(8,2) and dls.steps_per_epoch(2)==36//4
     with pytest.raises(ValueError, match='bn_groups=3.*2 processes'): cfg(bn_groups=3).learner(dls)

@@ -18,7 +18,7 @@ def test_command(folder, tmp_path):
     res = json.loads((tmp_path/'out/doctor.json').read_text()); leaks = next(o for o in res['findings'] if o['name']=='leaks')
     assert leaks['rows'][0]['files']==['val/a/0.png','unsup/copy.png'] and leaks['exclude']==['unsup/copy.png']
     assert {o:o.stat().st_mtime_ns for o in folder.rglob('*')}==before
-    r = subprocess.run([sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--exclude',str(tmp_path/'list.json'),'--size','32','--arch','resnet10','--epochs','1','--steps','1',
+    r = subprocess.run([sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--exclude',str(tmp_path/'list.json'),'--size','32','--arch','resnet10_16','--epochs','1','--steps','1',
                         '--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'run')], capture_output=True, text=True)
     assert r.returncode==0 and '36 unlabelled' in r.stdout, r.stderr
 

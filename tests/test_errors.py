@@ -47,7 +47,7 @@ def test_model_without_a_place_for_the_head(folder):
 
 def test_image_cut_short_is_named(folder):
     bad = folder/'unsup/3.png'; bad.write_bytes(bad.read_bytes()[:900])
-    learn = Learner(paired(folder), resnet10(num_classes=2), loss_func=nn.CrossEntropyLoss())
+    learn = Learner(paired(folder), resnet10(width=16, num_classes=2), loss_func=nn.CrossEntropyLoss())
     with pytest.raises(BadImageError, match=r"unsup/3.png can't be read.*exclude="): quiet(learn, 1, cbs=RotationPretext())
 
 def test_file_that_is_no_image_is_named_before_training(folder, capsys, tmp_path):
@@ -58,7 +58,7 @@ def test_file_that_is_no_image_is_named_before_training(folder, capsys, tmp_path
 def tree(folder): return sorted(str(o.relative_to(folder)) for o in folder.rglob('*'))
 
 def test_command_mistakes(folder, capsys, tmp_path):
-    out = ['--out', tmp_path/'out', '--size', 32, '--arch', 'resnet10']
+    out = ['--out', tmp_path/'out', '--size', 32, '--arch', 'resnet10_16']
     assert 'nowhere' in command(capsys, tmp_path/'nowhere', *out)
     (tmp_path/'empty').mkdir(); assert "'train'" in command(capsys, tmp_path/'empty', *out)
     (tmp_path/'file').touch(); assert 'is a file' in command(capsys, folder, '--out', tmp_path/'file', '--unlabeled_bs', 2)
@@ -91,7 +91,7 @@ def test_mistakes_that_are_known_before_anything_is_read(capsys, tmp_path, monke
 
 def test_the_mended_command_works(folder, capsys, tmp_path, monkeypatch):
     "A fit that fails at its first step, or is interrupted there, leaves no folder that the next one would be refused for"
-    args = [str(o) for o in (folder,'--size',32,'--arch','resnet10','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'a/out')]
+    args = [str(o) for o in (folder,'--size',32,'--arch','resnet10_16','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'a/out')]
     for error,status in ((RuntimeError('no'),None), (KeyboardInterrupt(),130)):
         def broken(*_, **__): raise error
         with monkeypatch.context() as m:
@@ -117,7 +117,7 @@ def test_download_that_fails(capsys, tmp_path, monkeypatch):
 def test_interrupt_outside_training(folder, capsys, tmp_path, monkeypatch):
     def interrupt(*args): raise KeyboardInterrupt
     monkeypatch.setattr('sesemi_fastai.imagewang.seconds_per_step', interrupt)
-    with pytest.raises(SystemExit) as e: imagewang_command([str(folder),'--out',str(tmp_path/'out'),'--size','32','--arch','resnet10','--unlabeled_bs','2','--num_workers','0'])
+    with pytest.raises(SystemExit) as e: imagewang_command([str(folder),'--out',str(tmp_path/'out'),'--size','32','--arch','resnet10_16','--unlabeled_bs','2','--num_workers','0'])
     err = capsys.readouterr().err.strip(); assert e.value.code==130 and len(err.splitlines())==1 and not (tmp_path/'out').exists()
 
 @pytest.mark.skipif(os.name=='nt', reason='signals')
@@ -131,7 +131,7 @@ def test_interrupt_while_importing(tmp_path):
 
 def test_diverged_run_is_no_result(folder, capsys, tmp_path):
     "It fails in one sentence, is kept as failed, is named in the report, and doesn't count there"
-    args = [folder,'--size',32,'--arch','resnet10','--epochs',1,'--steps',4,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'out']
+    args = [folder,'--size',32,'--arch','resnet10_16','--epochs',1,'--steps',4,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'out']
     err = command(capsys, *args, '--lr', '1e25', '--warmup_epochs', 0)
     assert 'run-0 failed' in err and 'the loss is' in err and 'step' in err and 'lower' in err
     assert not (tmp_path/'out/run-0/results.json').exists() and json.loads((tmp_path/'out/run-0/failed.json').read_text())['settings']['lr']==1e25
@@ -146,12 +146,12 @@ def test_weights_that_are_not_finite_in_the_end(folder, tmp_path, monkeypatch):
     from sesemi_fastai.optimizer import AlignedSGD
     def step(self, closure=None): self.param_groups[0]['params'][-1].data.fill_(torch.nan)
     monkeypatch.setattr(AlignedSGD, 'step', step)
-    cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10', unlabeled_bs=2, num_workers=0, steps=1)
+    cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10_16', unlabeled_bs=2, num_workers=0, steps=1)
     with pytest.raises(DivergedError, match='not finite|aren\'t finite'): train_run(cfg, tmp_path/'run', plain=True)
     assert (tmp_path/'run/failed.json').exists() and not (tmp_path/'run/results.json').exists()
 
 def test_report_of_damaged_runs(folder, capsys, tmp_path):
-    for i in (0,1,2): train_run(RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10', unlabeled_bs=2, num_workers=0, steps=1, seed=i), tmp_path/f'out/run-{i}', plain=True)
+    for i in (0,1,2): train_run(RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10_16', unlabeled_bs=2, num_workers=0, steps=1, seed=i), tmp_path/f'out/run-{i}', plain=True)
     shutil.copytree(tmp_path/'out', tmp_path/'good')
     (tmp_path/'out/run-0/results.json').write_text('{'); (tmp_path/'out/run-2/history.csv').unlink()
     err = command(capsys, '--report', '--out', tmp_path/'out'); assert 'run-0 (results.json is no JSON), run-2 (history.csv is missing)' in err and 'run-1' not in err

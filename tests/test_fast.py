@@ -20,7 +20,7 @@ def quiet(learn, f, *args, **kw):
 @pytest.fixture
 def learn(folder):
     torch.manual_seed(0)
-    res = sesemi_learner(paired(folder), resnet10, metrics=accuracy)
+    res = sesemi_learner(paired(folder), 'resnet10_16', metrics=accuracy)
     quiet(res, 'fit_poly_warmup', 1, .01, cbs=RotationPretext())
     return res
 
@@ -100,7 +100,7 @@ def test_export_loads_without_this_package(learn, folder, tmp_path, predict_alon
 
 def test_command(folder, tmp_path, capsys):
     "`--recipe fast`: the plan says in which formats and why; the cache is made once, and is no part of a result"
-    args = [folder,'--recipe','fast','--size',32,'--arch','resnet10','--epochs',1,'--unlabeled_bs',4,'--steps',2]
+    args = [folder,'--recipe','fast','--size',32,'--arch','resnet10_16','--epochs',1,'--unlabeled_bs',4,'--steps',2]
     status,said = command(capsys, *args, '--out', tmp_path/'a', '--cache', tmp_path/'cache')
     assert status==0, said.err
     assert 'recipe fast, '+('bfloat16, channels last' if native_formats('cpu')[0] else 'float32, contiguous')+' on cpu (this CPU has ' in said.out
@@ -113,13 +113,14 @@ def test_command(folder, tmp_path, capsys):
 
 def test_not_enough_memory(folder, tmp_path, capsys, monkeypatch):
     "A sentence with the way out, from the callback and from the command"
-    learn = sesemi_learner(paired(folder), resnet10, cbs=RotationPretext())
+    learn = sesemi_learner(paired(folder), 'resnet10_16', cbs=RotationPretext())
     monkeypatch.setattr(RotationPretext, 'loss', lambda *a: torch.empty(2**60))
     with pytest.raises(MemoryError, match='smaller unlabeled_bs.*sequential'): quiet(learn, 'fit', 1)
     monkeypatch.setattr(imagewang, 'seconds_per_step', lambda *a: torch.empty(2**60))
-    status,said = command(capsys, folder, '--recipe','fast','--size',32,'--arch','resnet10','--unlabeled_bs',4, '--out', tmp_path/'out', '--cache', tmp_path/'cache')
+    status,said = command(capsys, folder, '--recipe','fast','--size',32,'--arch','resnet10_16','--unlabeled_bs',4, '--out', tmp_path/'out', '--cache', tmp_path/'cache')
     assert status==2 and len(said.err.strip().splitlines())==1 and 'not enough memory' in said.err
 
+@pytest.mark.slow
 def test_benchmarks_run(tmp_path):
     "In their quick mode, on images they make: each writes its file, with the machine, and the images are drawn"
     script = Path(__file__).parent/'benchmarks/run.py'

@@ -19,7 +19,7 @@ def image(seed=0, size=(48,40), mode='RGB'):
 def paired(folder, **kw): return PairedDataLoaders.from_folder(folder, **(dict(size=32, unlabeled_bs=2, bs=4, num_workers=0, seed=0, n_steps=4, verbose=False)|kw))
 
 def train(dls, *cbs, n=1):
-    learn = Learner(dls, resnet10(num_classes=len(dls.vocab)), metrics=accuracy, cbs=[RotationPretext(), *cbs])
+    learn = Learner(dls, resnet10(width=16, num_classes=len(dls.vocab)), metrics=accuracy, cbs=[RotationPretext(), *cbs])
     with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3)
     return learn
 
@@ -163,7 +163,7 @@ def test_names_of_classes(folder, name, capsys):
     "the same as names of classes: trained, planned, reported"
     for o in ('train','val'): (folder/o/'a').rename(folder/o/os.fsdecode(name))
     dls = paired(folder, bs=8); train(dls); assert os.fsdecode(name) in dls.vocab
-    cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10', unlabeled_bs=2, num_workers=0)
+    cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10_16', unlabeled_bs=2, num_workers=0)
     run_plan(cfg, cfg.dls()).encode('utf-8'); sesemi_doctor(str(folder), num_workers=0); assert 'Images of each class' in capsys.readouterr().out
 
 # Links, permissions, hidden files
@@ -252,7 +252,7 @@ def test_validation_picture_removed_while_training(folder):
 def test_command_with_skip(folder, tmp_path, capsys):
     "`sesemi_imagewang --on_bad_image skip`: says at the start what is left out, and lists it in results.json"
     (folder/'unsup/x.png').write_text('x'); f = folder/'train/a/0.png'; f.write_bytes(f.read_bytes()[:-50])
-    imagewang_command([str(folder),'--on_bad_image','skip','--size','32','--arch','resnet10','--epochs','1','--unlabeled_bs','2','--steps','2','--num_workers','0','--out',str(tmp_path/'out')])
+    imagewang_command([str(folder),'--on_bad_image','skip','--size','32','--arch','resnet10_16','--epochs','1','--unlabeled_bs','2','--steps','2','--num_workers','0','--out',str(tmp_path/'out')])
     out = capsys.readouterr().out; assert "2 images can't be read and are left out: " in out and '15 labelled, 35 unlabelled' in out
     bad = json.loads((tmp_path/'out/run-0/results.json').read_text())['bad_images']; assert [p for p,_ in bad]==[str(f), str(folder/'unsup/x.png')]
 

@@ -105,7 +105,7 @@ class Signals(Callback):
         if self.training and self.learn.train_iter==1: self.f()
 
 def small_fit(folder, *cbs):
-    cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10', unlabeled_bs=4, steps=3, num_workers=0)
+    cfg = RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10_16', unlabeled_bs=4, steps=3, num_workers=0)
     learn = cfg.learner(cfg.dls()); learn.remove_cb(ProgressCallback); learn.logger = noop
     learn.fit_poly_warmup(1, .05, cbs=list(cbs))
     return learn
@@ -186,7 +186,7 @@ class Interrupt(Callback):
 def test_interrupt_in_a_notebook(folder, tmp_path, step, training, saved):
     "Ctrl-C saves after the step, or at once in validation, and stops at once where there is nothing yet; the handlers are put back, and the same fit goes on"
     def fit(*cbs):
-        cfg = RunConfig(str(folder), 'noise', size=32, epochs=2, arch='resnet10', unlabeled_bs=4, steps=4, num_workers=0)
+        cfg = RunConfig(str(folder), 'noise', size=32, epochs=2, arch='resnet10_16', unlabeled_bs=4, steps=4, num_workers=0)
         learn = cfg.learner(cfg.dls()); learn.remove_cb(ProgressCallback); learn.logger = noop
         learn.fit_poly_warmup(2, .05, cbs=[RotationPretext(), *cbs])
         return learn
@@ -200,7 +200,7 @@ def test_interrupt_in_a_notebook(folder, tmp_path, step, training, saved):
 def test_lines_of_finished_epochs_are_logged_again(folder, tmp_path):
     "A run cut in its third epoch: what goes on logs the lines of the first two as well, as its CSV file begins anew"
     def fit(*cbs):
-        cfg,lines = RunConfig(str(folder), 'noise', size=32, epochs=3, arch='resnet10', unlabeled_bs=4, steps=2, num_workers=0),[]
+        cfg,lines = RunConfig(str(folder), 'noise', size=32, epochs=3, arch='resnet10_16', unlabeled_bs=4, steps=2, num_workers=0),[]
         learn = cfg.learner(cfg.dls()); learn.remove_cb(ProgressCallback); learn.logger = lambda o: lines.append(list(o)[:-1])   # all but the time
         try: learn.fit_poly_warmup(3, .05, cbs=[RotationPretext(), *cbs])
         except TrainingStopped: pass
@@ -222,7 +222,7 @@ def test_generators_and_accumulation_come_back(folder, tmp_path):
         set_seed(0)
         own = ImageDataLoaders.from_folder(folder, train='train', valid='val', item_tfms=Resize(32), batch_tfms=aug_transforms(size=32), bs=8, num_workers=0)
         dls = PairedDataLoaders.from_dls(own, get_image_files(folder/'unsup'), unlabeled_bs=4, seed=0)
-        model = replace_classifier(resnet10(), torch.randn(2,3,32,32), 3, .5)
+        model = replace_classifier(resnet10(width=16), torch.randn(2,3,32,32), 3, .5)
         learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), path=tmp_path, cbs=GradientAccumulation(16), metrics=accuracy)
         learn.remove_cb(ProgressCallback); learn.logger = noop
         learn.add_cb(RotationPretext())
@@ -235,7 +235,7 @@ def test_generators_and_accumulation_come_back(folder, tmp_path):
     assert len(a.recorder.losses)==9 and torch.equal(torch.stack(a.recorder.losses), torch.stack(b.recorder.losses))
 
 def command(folder, out, *more):
-    return [sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4','--num_workers','0','--runs','2','--steps','60','--out',str(out),*more]
+    return [sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10_16','--epochs','2','--unlabeled_bs','4','--num_workers','0','--runs','2','--steps','60','--out',str(out),*more]
 
 def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
     "SIGTERM saves, exits with 143 and says the command that goes on, which skips what is finished; SIGKILL loses no more than since the last save"

@@ -7,7 +7,7 @@ from sesemi_fastai.report import read_csv
 from sesemi_fastai.imagewang import imagewang_command
 
 def config(folder, **kw):
-    return RunConfig(str(folder), 'noise', **(dict(size=32, epochs=1, arch='resnet10', unlabeled_bs=4, num_workers=0, steps=4)|kw))
+    return RunConfig(str(folder), 'noise', **(dict(size=32, epochs=1, arch='resnet10_16', unlabeled_bs=4, num_workers=0, steps=4)|kw))
 
 @pytest.fixture
 def weights(folder, tmp_path):
@@ -47,7 +47,7 @@ def test_baseline_sees_the_same_labelled_images(folder):
 
 def test_command_with_baseline(folder, tmp_path):
     out = tmp_path/'out'
-    r = subprocess.run([sys.executable,'-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10','--epochs','2','--unlabeled_bs','4',
+    r = subprocess.run([sys.executable,'-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10_16','--epochs','2','--unlabeled_bs','4',
                         '--runs','2','--baseline','--num_workers','0','--steps','3','--out',str(out)], capture_output=True, text=True)
     assert r.returncode==0, r.stderr
     for o in ('Classes    2: a, b','Left out   1 folders of train (3 images)','16 labelled, 36 unlabelled (val among them)','2 epochs of 3 steps = 6 steps, 192 image passes (96 of a baseline)','objective rotation, 4 passes for each unlabelled image','Time       about'): assert o in r.stdout
@@ -75,7 +75,7 @@ def test_baseline_has_no_second_task(folder, tmp_path):
     assert set(columns['run'])-set(columns['baseline'])=={'rotation_loss','rotation_acc'}
 
 def test_no_val_of_the_command(folder, tmp_path, capsys):
-    imagewang_command([str(folder),'--no_val','--size','32','--arch','resnet10','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
+    imagewang_command([str(folder),'--no_val','--size','32','--arch','resnet10_16','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
     res = json.loads((tmp_path/'out/run-0/results.json').read_text())
     assert 'val kept out' in capsys.readouterr().out and not res['val_in_pool'] and res['counts']['unlabeled']==16+12
 
@@ -90,7 +90,7 @@ def test_export_loads_without_this_package(folder, tmp_path, predict_alone):
 
 def test_objectives_of_the_command(folder, tmp_path, capsys):
     "Named in the plan, the results, the columns and the leaderboard; image passes count a pass that is only forward as a third"
-    imagewang_command([str(folder),'--objective','rotation(weight=.5)+fixmatch(threshold=.7, weighting=free)','--size','32','--arch','resnet10','--epochs','1','--steps','2','--unlabeled_bs','3','--num_workers','0','--baseline','--out',str(tmp_path/'out')])
+    imagewang_command([str(folder),'--objective','rotation(weight=.5)+fixmatch(threshold=.7, weighting=free)','--size','32','--arch','resnet10_16','--epochs','1','--steps','2','--unlabeled_bs','3','--num_workers','0','--baseline','--out',str(tmp_path/'out')])
     said,name = capsys.readouterr().out,'rotation(weight=0.5)+fixmatch(threshold=0.7, weighting=free)'
     res = {k:json.loads((tmp_path/f'out/{k}-0/results.json').read_text()) for k in ('run','baseline')}
     assert res['run']['objective']==name and res['run']['image_passes']==2*(12+3*4+3+1)==56 and res['baseline']['image_passes']==24
@@ -153,7 +153,7 @@ def test_labels_that_are_not_used_are_not_read(folder, weights, tmp_path):
 
 def test_names_of_classes(folder, tmp_path, capsys):
     (tmp_path/'names.json').write_text('{"a": "Ant"}')
-    imagewang_command([str(folder),'--class_names',str(tmp_path/'names.json'),'--size','32','--arch','resnet10','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
+    imagewang_command([str(folder),'--class_names',str(tmp_path/'names.json'),'--size','32','--arch','resnet10_16','--epochs','1','--steps','1','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')])
     assert 'Classes    2: Ant, b' in capsys.readouterr().out and 'Ant, b' in (tmp_path/'out/report.html').read_text()
     imagewang_command(['--report','--out',str(tmp_path/'out')]); assert 'a, b' in (tmp_path/'out/report.html').read_text()
 

@@ -51,7 +51,7 @@ def test_the_same_cell_twice(folder):
     dls,res = paired(own(folder), folder/'unsup', n_steps=2),[]
     for i in range(2):
         torch.manual_seed(0)
-        learn = sesemi_learner(dls, resnet10)
+        learn = sesemi_learner(dls, 'resnet10_16')
         if i: dls.show_batch(); dls.unlabeled.one_batch(); list(dls.train); list(dls.unlabeled)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=RotationPretext())
         res.append([o.clone() for o in learn.model.state_dict().values()]); plt.close('all')
@@ -153,7 +153,7 @@ def three_way(folder):
 
 def test_a_test_set_is_not_trained_on(folder, capsys):
     "a third loader with labels: refused as the unlabelled one; beside unlabelled items it is kept as dls[3]"
-    dls = three_way(folder); learn = Learner(dls, resnet10(num_classes=5), loss_func=torch.nn.functional.cross_entropy)
+    dls = three_way(folder); learn = Learner(dls, resnet10(width=16, num_classes=5), loss_func=torch.nn.functional.cross_entropy)
     with pytest.raises(ValueError, match='third loader of learn.dls gives labels'):
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=RotationPretext())
     p = paired(dls, folder/'unsup', verbose=True)
@@ -230,7 +230,7 @@ def kinds(pixels, folder):
 def test_predict_takes_what_fastai_takes(folder, pixels, recipe, tmp_path):
     "arrays, bytes, tensors, images of Pillow and fastai in predict: the same as from the file; in the export too"
     dls = from_folder(folder, recipe=recipe, cache=tmp_path)
-    learn = Learner(dls, resnet10(num_classes=2)); learn.export(tmp_path/'x.pkl')
+    learn = Learner(dls, resnet10(width=16, num_classes=2)); learn.export(tmp_path/'x.pkl')
     plain = torch.load(tmp_path/'x.pkl', weights_only=False)
     for l in (learn, plain):
         with l.no_bar(): res = {k:l.predict(o)[2] for k,o in kinds(pixels, folder).items()}
@@ -273,7 +273,7 @@ def odd_images(folder):
 
 def test_exports_read_as_training_does(folder, predict_alone, tmp_path):
     "every mode that Pillow reads, turned images, 16 bits, floats: the export, where this package can't be imported, prepares them as validation does"
-    learn = Learner(from_folder(folder), resnet10(num_classes=2)); learn.export(tmp_path/'x.pkl')
+    learn = Learner(from_folder(folder), resnet10(width=16, num_classes=2)); learn.export(tmp_path/'x.pkl')
     want = {str(f):learn.dls.test_dl([f]).one_batch()[0].cpu() for f in odd_images(folder).values()}
     assert len(want[str(folder/'deep.png')].unique())>96
     torch.save({k:v.as_subclass(torch.Tensor) for k,v in want.items()}, tmp_path/'want.pt')
