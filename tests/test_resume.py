@@ -235,7 +235,7 @@ def test_generators_and_accumulation_come_back(folder, tmp_path):
     assert len(a.recorder.losses)==9 and torch.equal(torch.stack(a.recorder.losses), torch.stack(b.recorder.losses))
 
 def command(folder, out, *more):
-    return [sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10_16','--epochs','2','--unlabeled_bs','4','--num_workers','0','--runs','2','--steps','60','--out',str(out),*more]
+    return [sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10_16','--epochs','2','--unlabeled_bs','4','--num_workers','0','--runs','2','--steps','30','--out',str(out),*more]
 
 def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
     "SIGTERM saves, exits with 143 and says the command that goes on, which skips what is finished; SIGKILL loses no more than since the last save"
@@ -261,7 +261,7 @@ def test_command_stops_on_a_signal_and_goes_on(folder, tmp_path, capsys):
     assert 'lr was 0.1, now 0.3' in capsys.readouterr().err
 
 @pytest.mark.slow
-@pytest.mark.parametrize('workers,tune', itertools.product((0,2), (False,True)))
+@pytest.mark.parametrize('workers,tune', list(itertools.product((0,2), (False,True))))
 def test_many_random_signals(processes, folder, tmp_path, workers, tune):
     "SIGTERM and SIGINT to the process group, mixed with SIGKILL, at random moments, until 12 were survived"
     name = f"signals to the process group, {workers} workers{', fine_tune'*tune}"
