@@ -11,6 +11,7 @@ from fastai.vision.all import *
 from torchvision.transforms import v2
 from torch.utils.data._utils.collate import default_collate_fn_map
 import weakref
+from .resize import resize_crops
 
 # %% ../nbs/01_augment.ipynb #86140d98
 class RandomGamma(nn.Module):
@@ -81,16 +82,6 @@ def _collate_crops(crops, *, collate_fn_map=None):
 default_collate_fn_map[Crop] = _collate_crops
 
 # %% ../nbs/01_augment.ipynb #6f928cdd
-def _resize(x, size):
-    "`(1,3,h,w)` uint8 to `(1,3,size,size)` uint8, antialiased"
-    kw = dict(size=(size,size), mode='bilinear', antialias=True)
-    if x.device.type=='cpu': return F.interpolate(x, **kw)
-    return F.interpolate(x.float(), **kw).round_().clamp_(0,255).byte()
-
-def _look_up(pics, tables):
-    "`tables` at the values of `pics`, all at once"
-    return tables.gather(2, torch.stack([*pics]).long())
-
 _spare = {}   # by size, memory of a batch that is gone
 def _free(spare, n, mem):   # a batch may outlive this module's names
     if len(spare)>3: spare.clear()
@@ -106,7 +97,7 @@ def _empty(*shape):
     return torch.from_numpy(res).view(shape)
 
 def _look_up_planes(pics, tables):
-    "The same plane by plane, in pieces that stay in a core's cache"
+    "`tables` at the values of `pics`, plane by plane, in pieces that stay in a core's cache"
     for i,(pic,table) in enumerate(zip(pics, tables)):
         if i==0: res = _empty(len(tables), *pic.shape)
         planes = pic.to(torch.int32, memory_format=torch.contiguous_format)   # colours come interleaved
@@ -125,29 +116,37 @@ class DevelopCrops(Normalize):
         res.size = size
         return res
     def tables(self,
-        gammas, # One exponent an image
-        device='cpu' # Where to
+        gammas # `(n,)` float, one exponent an image
     )->Tensor: # `(n,3,256)`: what each value of each colour becomes
         "Gamma and normalisation of all `uint8` values"
-        v = (torch.arange(256., device=device)*(1/255)).pow(torch.tensor(gammas, dtype=torch.float32, device=device)[:,None])[:,None]
-        mean,std = (o.to(device).view(1,3,1) for o in (self.mean,self.std))
+        v = (torch.arange(256., device=gammas.device)*(1/255)).pow(gammas[:,None])[:,None]
+        mean,std = (o.to(gammas.device).view(1,3,1) for o in (self.mean,self.std))
         return (v-mean)/std
 
     def images(self,
         x # `CropBatch`
     ): # Of each crop `(3,size*size)` uint8
-        "The crops, resized and flipped"
+        "The crops, resized and flipped one by one, on a CPU"
         flat,o,s = x.as_subclass(Tensor),0,self.size
         for h,w,_,flip in x.table:
             pic = flat[o:o+h*w*3].view(1,h,w,3).permute(0,3,1,2); o += h*w*3
-            if (h,w)!=(s,s): pic = _resize(pic, s)
+            if (h,w)!=(s,s): pic = F.interpolate(pic, size=(s,s), mode='bilinear', antialias=True)
             if flip: pic = pic.flip(-1)
             yield pic.reshape(3,s*s)
 
     def encodes(self, x:CropBatch):
-        look_up = _look_up_planes if x.device.type=='cpu' else _look_up
-        res = look_up(self.images(x), self.tables([o[2] for o in x.table], x.device))
+        if x.device.type=='cpu': res = _look_up_planes(self.images(x), self.tables(tensor([o[2] for o in x.table])))
+        else: res = self.at_once(x.as_subclass(Tensor), x.table)
         return TensorImage(res.view(-1, 3, self.size, self.size))
+    def at_once(self,
+        flat, # Bytes of the crops
+        table # Of each `(height, width, gamma, flip)`
+    )->Tensor: # `(n,3,size*size)`
+        "The same in a few operations, however many crops: for devices that wait for launches"
+        h,w,*_ = zip(*table)
+        per_crop = tensor(table).to(flat.device, non_blocking=True)
+        pics = resize_crops(flat, per_crop[:,:2], per_crop[:,3], self.size, (max(h),max(w)))
+        return self.tables(per_crop[:,2]).gather(2, pics.flatten(2).long())
 
 # %% ../nbs/01_augment.ipynb #5b53b639
 def valid_resize(
