@@ -12,6 +12,7 @@ from fastai.data.external import fastai_cfg
 from fastcore.xtras import mapped
 from PIL import ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
+import signal
 from concurrent.futures import ProcessPoolExecutor
 import tarfile,hashlib,tempfile,lzma,stat,uuid,weakref,json,operator
 from zlib import error as zlib_error
@@ -122,7 +123,8 @@ def map_files(
     "`f` of each of `files`, by a pool of processes, which start as those of a `DataLoader` do"
     n = min(16, defaults.cpus) if num_workers is None else num_workers
     if n<2 or len(files)<32: return [f(o) for o in files]
-    with ProcessPoolExecutor(n) as ex: return list(ex.map(f, files, chunksize=min(chunk, -(-len(files)//(4*n)))))
+    # an interrupt of all processes is for this one, which ends the others
+    with ProcessPoolExecutor(n, initializer=signal.signal, initargs=(signal.SIGINT,signal.SIG_IGN)) as ex: return list(ex.map(f, files, chunksize=min(chunk, -(-len(files)//(4*n)))))
 
 def _head_error(path):
     try:

@@ -129,6 +129,21 @@ def test_interrupt_while_importing(tmp_path):
     assert r.returncode==130 and len(err.strip().splitlines())==1 and 'interrupted' in err, err
     assert not (tmp_path/'out').exists()
 
+def test_interrupt_of_all_processes_of_a_pool(tmp_path):
+    "Ctrl-C reaches the workers that look at files too: one traceback, of the caller, and soon"
+    code = f"""
+import signal,time; signal.signal(signal.SIGINT, signal.default_int_handler)
+from pathlib import Path
+from sesemi_fastai.images import map_files
+if __name__=='__main__': map_files(time.sleep, [.2]*256, 2, 8)"""
+    (tmp_path/'look.py').write_text(code)
+    r = subprocess.Popen([sys.executable,'-W','ignore',str(tmp_path/'look.py')], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    kids = lambda: subprocess.run(['pgrep','-P',str(r.pid)], capture_output=True, text=True).stdout.split()
+    while len(kids())<2: assert r.poll() is None; time.sleep(.05)
+    time.sleep(1.); os.killpg(r.pid, signal.SIGINT)
+    err = r.communicate(timeout=60)[1]
+    assert err.count('Traceback')==1 and err.rstrip().endswith('KeyboardInterrupt'), err
+
 def test_diverged_run_is_no_result(folder, capsys, tmp_path):
     "It fails in one sentence, is kept as failed, is named in the report, and doesn't count there"
     args = [folder,'--size',32,'--arch','resnet10_16','--epochs',1,'--steps',4,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'out']
