@@ -168,7 +168,7 @@ class FixMatch(StrongObjective):
         weighting:str='fixed', # 'fixed'; 'free': FreeMatch's thresholds; 'soft': SoftMatch's weights
         align:str=None, # Correct predictions towards 'uniform' shares of classes or those of the 'labels'
         teacher:str='student', # Who predicts the labels: the 'student', or the averaged weights, 'ema'
-        momentum:float=.999, # Of what 'free', 'soft' and alignment average
+        momentum:float=.999, # Of what 'free', 'soft' and alignment average, over about 1/(1-momentum) steps: less where the run has only some hundred
         fairness:float=.001, # Factor of FreeMatch's fairness term
         **kwargs
     ):
