@@ -126,7 +126,7 @@ def test_benchmarks_run(tmp_path):
     script = Path(__file__).parent/'benchmarks/run.py'
     r = subprocess.run([sys.executable,'-W','ignore',str(script),'--quick','--out',str(tmp_path)], capture_output=True, text=True, env={k:v for k,v in os.environ.items() if k!='SESEMI_TEST_DATA'})
     assert r.returncode==0, r.stderr[-3000:]
-    assert {o.name for o in tmp_path.iterdir()}=={f'{o}.json' for o in ('pipeline','overhead','memory','step','growth')}|{'summary.csv','bench.png','growth.png'}
+    assert {o.name for o in tmp_path.iterdir()}=={f'{o}.json' for o in ('pipeline','overhead','memory','step','growth','names')}|{'summary.csv','bench.png','growth.png'}
     rows = [r for o in tmp_path.glob('*.json') for r in json.loads(o.read_text())['rows']]
     assert len(rows)>=13 and all(r['ratio']>=0 and r['low']<=r['ratio']<=r['high'] for r in rows)
     assert json.loads((tmp_path/'step.json').read_text())['machine']['torch']==torch.__version__

@@ -79,7 +79,7 @@ def bench(*parts):
 
 def benchmarks():
     "The ratios of the last `make bench`, and what they were measured on"
-    res = bench('step','pipeline','overhead','memory','growth')
+    res = bench('step','pipeline','overhead','memory','growth','names')
     if not res: return 'Not run yet: `make bench`.'
     num = lambda v,unit: f'{v:.3g} {unit}' if v<1000 else f'{v:,.0f} {unit}'
     rows = ['| figure | ratio | pairs | ours | other | target |','| --- | --- | --- | --- | --- | --- |']

@@ -36,7 +36,8 @@ def draw(out):
     if 'growth' in res:
         g = res['growth']['raw']
         fig,axs = plt.subplots(2, 4, figsize=(15,6), layout='constrained')
-        axs = axs.flatten(); axs[-1].axis('off')
+        axs = axs.flatten()
+        if 'names' not in res: axs[-1].axis('off')
         lines(axs[0], g['images'], 'images', ('build_seconds','open_seconds','pass_seconds'), 'To make the cache, to open it, a pass, by images', 's')
         lines(axs[1], g['images'], 'images', ('cache_bytes','pass_memory'), 'Store, and memory of the process after a pass', 'MB', scale=1e-6)
         lines(axs[2], g['batch'], 'images', arms, 'A step, by images in it', 's')
@@ -44,4 +45,5 @@ def draw(out):
         lines(axs[4], g['batch'], 'images', ('overhead',), 'Our overhead over the bare step, by images in it', 'ratio', log='x')
         lines(axs[5], g['workers'], 'workers', arms, 'Data alone with its workers started, by workers', 'images/s', log='')
         lines(axs[6], g['workers'], 'workers', arms, 'A step with workers started, by workers a stream', 's', log='', suffix=' step')
+        if 'names' in res: lines(axs[7], res['names']['raw'], 'files', [k for k in res['names']['raw'][0] if k!='files'], 'Listing and ordering, by number of files', 's')
         fig.savefig(Path(out)/'growth.png', dpi=110); plt.close(fig)

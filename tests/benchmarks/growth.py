@@ -6,7 +6,6 @@ import torch
 from torchvision.models import resnet18
 from sesemi_fastai.all import *
 from common import *
-from names import parts as name_parts,with_names
 from memory import activations,learner
 from overhead import step_overhead
 from pipeline import loaders,passes
@@ -86,6 +85,4 @@ def run(s):
     more = b['images']/a['images']
     rows = [ratio(f"with {more:.0f}× the images, {what}, over {'' if k!='pass_memory' else 'what '}{'linear' if k!='pass_memory' else 'it was'}", [b[k]/(more if k!='pass_memory' else 1)], [a[k]], None, unit, scale)
             for k,what,unit,scale in (('build_seconds','time to make the cache','s',1),('open_seconds','time to open it','s',1),('pass_seconds','time of a pass','s',1),('cache_bytes','cache','MB',1e-6),('pass_memory','memory of the process after a pass','MB',1e-6))]
-    names = with_names(s.quick); a,b = names[-2:]
-    rows += [ratio(f"with {b['files']//a['files']}× the files, {b['files']:,}: {k}, over linear", [b[k]/(b['files']/a['files'])], [a[k]], None, 's') for k in name_parts]
-    return rows,dict(images=images, batch=batch, workers=workers, names=names, worker_start_seconds=worker_start(s))
+    return rows,dict(images=images, batch=batch, workers=workers, worker_start_seconds=worker_start(s))

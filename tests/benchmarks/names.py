@@ -1,5 +1,5 @@
 "How long it takes to find, list, order and look up files, up to a million: names that are made up, so that no image is read"
-import json,os,sys,tempfile,time
+import json,os,tempfile,time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -12,6 +12,7 @@ from sesemi_fastai.folders import split_folder
 from sesemi_fastai.images import check_images
 from sesemi_fastai.streams import StreamDL
 from sesemi_fastai import cache as cache_module
+from common import ratio
 
 def seconds(f):
     "Of this process's computing, which other processes of the machine don't lengthen"
@@ -74,10 +75,8 @@ def open_a_cache(n):
 
 parts = {'find files':find, 'find classes and streams':split, 'look at heads':heads, 'begin a labelled epoch':begin_labelled, 'begin an unlabelled epoch':begin_unlabelled, 'pair with DataLoaders':pair, 'open a cache':open_a_cache}
 
-def with_names(quick=False):
+def run(s):
     "Seconds of each part at each number of files, the better of two; heads and real files by a part of them"
-    sizes = (2_000,20_000) if quick else (10_000,100_000,1_000_000)
-    return [dict(files=n, **{k:min(f(n) for _ in range(2)) for k,f in parts.items()}) for n in sizes]
-
-if __name__=='__main__':
-    for o in with_names('--quick' in sys.argv): print({k:v if k=='files' else round(v,3) for k,v in o.items()}, flush=True)
+    names = [dict(files=n, **{k:min(f(n) for _ in range(2)) for k,f in parts.items()}) for n in ((2_000,20_000) if s.quick else (10_000,100_000,1_000_000))]
+    a,b = names[-2:]
+    return [ratio(f"with {b['files']//a['files']}× the files, {b['files']:,}: {k}, over linear", [b[k]/(b['files']/a['files'])], [a[k]], None, 's') for k in parts],names

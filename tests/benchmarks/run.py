@@ -8,7 +8,7 @@ warnings.simplefilter('ignore')
 from common import Settings,machine
 from draw import draw
 
-parts = ('pipeline','overhead','memory','step','growth')
+parts = ('pipeline','overhead','memory','step','growth','names')
 
 def show(r):
     "A row of the report in one line"
