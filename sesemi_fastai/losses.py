@@ -176,6 +176,6 @@ def jigsaw(
     t = x[:,:,(H-h*g)//2:(H-h*g)//2+h*g,(W-w*g)//2:(W-w*g)//2+w*g]
     t = t.reshape(B,C,g,h,g,w).permute(0,2,4,1,3,5).reshape(B,g*g,C,h,w)
     if C>1 and grey: t = torch.where(is_grey.view(B,g*g,1,1,1), t.mean(2,keepdim=True), t)
-    t = t[torch.arange(B, device=x.device)[:,None],orders.to(x.device)[targ]]
+    t = t[torch.arange(B, device=x.device)[:,None],orders.to(x.device, non_blocking=True)[targ]]
     res = t.reshape(B,g,g,C,h,w).permute(0,3,1,4,2,5).reshape(B,C,h*g,w*g)
     return res.contiguous(memory_format=torch.channels_last if C>1 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else torch.contiguous_format),targ

@@ -63,7 +63,7 @@ def random_rotations(
 )->tuple: # Views `(B,C,H,W)`, and targets `(B,)` in quarter turns
     "One quarter turn of each image, drawn from torch's generator; raises `ValueError` where `x` isn't a batch of square images"
     _need_square(x)
-    turns = torch.randint(4, (len(x),)).to(x.device)
+    turns = torch.randint(4, (len(x),)).to(x.device, non_blocking=True)
     t = x.transpose(2,3)   # a quarter turn is a transposition and a flip
     at = lambda k: (turns==k)[:,None,None,None]
     views = torch.where(at(1), t.flip(2), torch.where(at(2), x.flip((2,3)), torch.where(at(3), t.flip(3), x)))

@@ -23,7 +23,7 @@ def norm_stats(
 class _Range:
     "Between normalised values and 0..1"
     def __init__(self, x, mean, std):
-        f = lambda o: torch.tensor(o, dtype=x.dtype, device=x.device).view(1,-1,1,1)
+        f = lambda o: torch.tensor(o, dtype=x.dtype).to(x.device, non_blocking=True).view(1,-1,1,1)
         if mean is None: self.std = 1/(x.amax()-x.amin()).clamp_min(1e-6); self.mean = -x.amin()*self.std
         else: self.mean,self.std = f(mean),f(std)
     def undo(self, x): return (x*self.std+self.mean).clamp(0,1)
@@ -76,7 +76,7 @@ def warp(self:StrongAugment,
     shear,shift = [[_uniform(x, -o, o, self.p) for _ in range(2)] for o in (self.max_shear,2*self.max_shift)]   # the grid goes from -1 to 1
     one,zero = torch.ones_like(shift[0]),torch.zeros_like(shift[0])
     mat = (affine_mat(one, shear[0], shift[0], shear[1], one, shift[1])@rotate_mat(x, self.max_rotate, p=self.p).as_subclass(Tensor))[:,:2]
-    mat = mat*mat.new_tensor([[1,H/W,1],[W/H,1,1]])   # angles are those of pixels
+    mat = mat*torch.tensor([[1,H/W,1],[W/H,1,1]], dtype=mat.dtype).to(mat.device, non_blocking=True)   # angles are those of pixels
     return F.grid_sample(x, F.affine_grid(mat, x.shape, align_corners=False), padding_mode='reflection', align_corners=False)
 
 @patch

@@ -16,13 +16,18 @@ class BatchStatistics:
     stats = () # Names of the attributes that hold them
     def __init__(self, momentum=.999):
         if not 0<=momentum<=1: raise ValueError(f"momentum={momentum} must be between 0 and 1.")
-        self.momentum = momentum
+        self.momentum,self._constants = momentum,{}
         for o in self.stats: setattr(self, o, None)
     def average(self, name, new, start):
         "Move the statistic `name` towards `new`, from `start`"
         old = getattr(self, name)
         old = torch.as_tensor(start if old is None else old, dtype=new.dtype, device=new.device)
         setattr(self, name, self.momentum*old+(1-self.momentum)*new)
+    def constant(self, name, like):
+        "The tensor `name` in the type and on the device of `like`, copied there once"
+        key = name,like.device,like.dtype
+        if key not in self._constants: self._constants[key] = getattr(self, name).to(like)
+        return self._constants[key]
     def state_dict(self):
         "Copies of the statistics"
         return {o:None if getattr(self,o) is None else getattr(self,o).clone() for o in self.stats}
@@ -50,7 +55,7 @@ class FixedThreshold(BatchStatistics):
         p:Tensor # Probabilities `(B,C)` or `(B,C,2)`
     )->Tensor: # `(B,)` or `(B,C)`
         conf,i = _confidence(p)
-        t = self.threshold.to(p)
+        t = self.constant('threshold', p)
         if t.ndim and p.ndim==2: t = t[i[:,0]]   # that of the most probable class
         return (conf>=t).to(p.dtype)
 
@@ -144,5 +149,5 @@ class DistributionAlignment(BatchStatistics):
     )->Tensor: # Of the same shape
         mean = mean_over_processes(p.mean(0))
         self.average('shares', mean, mean)
-        q = p*(1/p.shape[-1] if self.target is None else self.target.to(p))/self.shares.clamp_min(1e-6)
+        q = p*(1/p.shape[-1] if self.target is None else self.constant('target', p))/self.shares.clamp_min(1e-6)
         return q/q.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)

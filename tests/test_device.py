@@ -1,18 +1,28 @@
-"What can be known of a GPU without one: nothing of a step makes the host wait for the device"
+"What can be known of a GPU without one: everything of a step is on it, and nothing makes the host wait for it"
 import sys
+from contextlib import nullcontext
 from functools import partial
 import pytest,torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from fastai.vision.all import Callback,CancelFitException,CrossEntropyLossFlat,Learner,ProgressCallback,noop
+from types import SimpleNamespace
+import numpy as np
+from fastai.vision.all import Callback,CancelFitException,CrossEntropyLossFlat,Learner,ProgressCallback,imagenet_stats,noop
 from fastai.callback.all import GradientAccumulation,GradientClip
 import sesemi_fastai
-from sesemi_fastai.all import EMA,EntropyMin,FixMatch,NesterovSGD,RotationPretext,StepSeed
+from sesemi_fastai.all import EMA,EntropyMin,FixMatch,NesterovSGD,RotationPretext,StepSeed,StrongAugment,UnlabeledObjective
+from sesemi_fastai.augment import Crop,DevelopCrops
+from sesemi_fastai.features import find_feature_layer
+from sesemi_fastai.health import ObjectiveHealth
+from sesemi_fastai.objective import BoundBatch
+from sesemi_fastai.passes import UnlabeledBatch,feature_pass
 from test_objectives import dls,family
 from test_objectives_matrix import net
 
 own = sesemi_fastai.__path__[0]
 # operations whose result has a size or a value that the host must know, and copies to it
-asking = {'_local_scalar_dense','nonzero','masked_select','equal','is_nonzero','unique_dim','_unique2','unique_consecutive'}
+asking = {'_local_scalar_dense','bincount','nonzero','masked_select','equal','is_nonzero','unique_dim','_unique2','unique_consecutive'}
 methods = 'tolist numpy cpu __array__ __bool__ __float__ __int__'.split()
 
 def who():
@@ -74,3 +84,71 @@ def test_waits_are_noticed(waits_of):
             return loss,figure
     for ask in (lambda l,f: l.item(), lambda l,f: float(l), lambda l,f: l.detach().cpu(), lambda l,f: f[f], lambda l,f: f.nonzero(), lambda l,f: l>0 and None, lambda l,f: f.tolist()):
         assert waits_of(Asks())!=[]
+
+
+class Copies(TorchDispatchMode):
+    "Collects the lines at which something is copied to or from the device and waited for"
+    def __init__(self): super().__init__(); self.lines = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__=='_to_copy' and args[0].device.type!=res.device.type and not kwargs.get('non_blocking'):
+            f = sys._getframe(1)
+            while f is not None and not f.f_code.co_filename.startswith(own): f = f.f_back
+            self.lines.append(f and f'{f.f_code.co_filename[len(own)+1:]}:{f.f_lineno}')
+        return res
+
+def on_fake_gpu(f):
+    "The result of `f` with tensors that say they are on a GPU and have no values; fails where one is needed, and where a copy is waited for"
+    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as c: res = f()
+    assert c.lines==[]
+    return res
+
+def images(n=6): return torch.empty(n, 3, 32, 32, device='cuda')
+def mirrored(x): return x.flip(3)   # fastai's classes of images can't be fake
+
+def seen(name):
+    "An objective that knows its data"
+    *_,o = sorted(family[name](), key=lambda o: isinstance(o, UnlabeledObjective))
+    object.__setattr__(o, '_learn', SimpleNamespace(dls=SimpleNamespace(train=SimpleNamespace(dataset=SimpleNamespace(tls=[[0,1,1]])), vocab=['a','b'])))
+    if hasattr(o,'strong_view'): o.strong_view = mirrored
+    o.kept = o.make_kept('single', 2, torch.device('cuda'))
+    return o
+
+def step_of(o):
+    "Its heads and state beside a model, all made on the fake GPU, and a step's batch"
+    with torch.device('cuda'): model,o.fit_heads = net(True),nn.ModuleDict(o.make_heads(16, 2))
+    return UnlabeledBatch(images(), feature_pass(model, find_feature_layer(model, images())), differentiated={(v,o.bn,o.backward):{'classes','features'} for v in o.views()}, teacher=model)
+
+@pytest.mark.parametrize('name', [o for o in family if o!='vat'])   # VAT differentiates within its view, which fake tensors can't
+def test_losses_on_a_fake_gpu(name):
+    "Views, heads, losses, thresholds and shares of two steps, and what watches over them"
+    o = seen(name); health = ObjectiveHealth(o)
+    def f():
+        batch = step_of(o)
+        def step():
+            bound = BoundBatch(batch, o); loss,figure = o.loss(bound)
+            health.add(loss, figure, None if bound.outputs is None else bound.outputs.detach(), torch.empty(4, device='cuda', dtype=torch.long))
+            return loss,figure
+        with torch.no_grad(): step()
+        with Copies() as c, torch.no_grad(): res = step()   # the first makes what is kept
+        assert c.lines==[]
+        return res
+    with FakeTensorMode(allow_non_fake_inputs=True): loss,figure = f()
+    assert loss.device.type==figure.device.type=='cuda'
+
+def test_crops_on_a_fake_gpu():
+    "The batch augmentation: one small copy, of the table, that isn't waited for"
+    crops = [Crop(np.zeros((20+i,30,3), np.uint8), 1.2, i%2) for i in range(4)]
+    bytes_ = torch.cat([torch.from_numpy(o.pixels.ravel()) for o in crops])
+    def f():
+        dev = DevelopCrops(torch.zeros(1,3,1,1, device='cuda'), torch.ones(1,3,1,1, device='cuda'), size=16)
+        return dev.at_once(torch.empty(bytes_.shape, dtype=torch.uint8, device='cuda'), [(*o.pixels.shape[:2], o.gamma, o.flip) for o in crops])
+    assert on_fake_gpu(f).device.type=='cuda'
+
+def test_strong_views_on_no_device(monkeypatch):
+    "On `meta`, which has no values either, but takes fastai's classes, and which autocast doesn't know"
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
+    x = torch.empty(4,3,32,32, device='meta')
+    for strong in (StrongAugment(mean=imagenet_stats[0], std=imagenet_stats[1]),StrongAugment()):
+        with Copies() as c: res = strong(x)
+        assert c.lines==[] and res.device.type=='meta' and res.shape==x.shape
