@@ -179,6 +179,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sesemi_fastai.costs._hours': ('costs.html#_hours', 'sesemi_fastai/costs.py'),
                                      'sesemi_fastai.costs._table': ('costs.html#_table', 'sesemi_fastai/costs.py'),
                                      'sesemi_fastai.costs.money_table': ('costs.html#money_table', 'sesemi_fastai/costs.py'),
+                                     'sesemi_fastai.costs.published_rows': ('costs.html#published_rows', 'sesemi_fastai/costs.py'),
+                                     'sesemi_fastai.costs.published_table': ('costs.html#published_table', 'sesemi_fastai/costs.py'),
                                      'sesemi_fastai.costs.row_costs': ('costs.html#row_costs', 'sesemi_fastai/costs.py'),
                                      'sesemi_fastai.costs.seconds_per_pass': ('costs.html#seconds_per_pass', 'sesemi_fastai/costs.py'),
                                      'sesemi_fastai.costs.speed_table': ('costs.html#speed_table', 'sesemi_fastai/costs.py'),

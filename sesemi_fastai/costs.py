@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['step_images', 'Card', 'gpu_cards', 'utilisation', 'moves', 'loader_speed', 'training_counts', 'step_memory',
-           'seconds_per_pass', 'row_costs', 'work_table', 'speed_table', 'money_table']
+           'seconds_per_pass', 'row_costs', 'work_table', 'speed_table', 'money_table', 'published_rows',
+           'published_table']
 
 # %% ../nbs/14a_costs.ipynb #52fa90a0
 from fastai.vision.all import *
@@ -49,7 +50,7 @@ gpu_cards = [
     Card('V100',     16,  15.7, None,  900, 3.06), # NVIDIA V100 data sheet, SXM2; AWS p3.2xlarge
     Card('A10G',     24,  35.,   70.,  600, 1.01), # NVIDIA A10G data sheet: TF32, BF16; AWS g5.xlarge
     Card('RTX 4090', 24,  82.6, 165.2, 1008, .60), # NVIDIA's Ada architecture paper: TF32, BF16 with float32 accumulation; RunPod
-    Card('A100',     40, 156.,  312., 1555, 1.30), # NVIDIA A100 data sheet, SXM4 40 GB; Lambda
+    Card('A100',     80, 156.,  312., 2039, 1.40), # NVIDIA A100 data sheet, SXM4 80 GB; RunPod
     Card('H100',     80, 494.,  989., 3350, 2.70), # NVIDIA H100 data sheet, SXM5, half of what it gives with sparsity; RunPod
 ]
 utilisation = .65   # Share of the time in which a card computes or moves data at its peak rate
@@ -116,3 +117,19 @@ def money_table(
         r = row_costs(*cell, card, recipe, runs)
         return f"{_hours(r['hours'])}, {_dollars(r['dollars'])}"
     return _table(['size','epochs',*(f'{c.name} (${c.price:.2f}/h)' for c in gpu_cards)], [[f'{s}',f'{e}',*(one((s,e), c) for c in gpu_cards)] for s,e in imagewang_rows])
+
+# %% ../nbs/14a_costs.ipynb #386d0f59
+_published = [   # card, in bfloat16 or float16, images a second
+    (Card('A100', 80, 156., 312., 2039, 0), False, 938, 'NVIDIA'),    # NVIDIA's DeepLearningExamples, ResNet50 v1.5 for PyTorch, container 21.03: DGX A100 80 GB, TF32
+    (Card('A100', 80, 156., 312., 2039, 0), True, 2470, 'NVIDIA'),    # the same, mixed precision
+    (Card('V100', 16, 15.7, 125.,  900, 0), False, 367, 'NVIDIA'),    # the same, DGX-1 16 GB, FP32
+    (Card('V100', 16, 15.7, 125.,  900, 0), True, 1200, 'NVIDIA'),    # the same, mixed precision
+    (Card('RTX 3090', 24, 35.6, 71., 936, 0), True, 1218, 'timm')]    # timm, results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv, batches of 512
+
+def published_rows()->list: # Of card, precision, source, estimated and published images a second
+    "Published training throughput of ResNet-50 at 224 px, beside the estimates"
+    return [(c.name, '16 bit' if half else 'TF32' if c.name=='A100' else 'float32', who, 1/seconds_per_pass(c, training_counts(), half), n) for c,half,n,who in _published]
+
+def published_table()->str: # Markdown
+    "The same as a table"
+    return _table(['card','precision','published by','published, images a second','estimate','estimate / published'], [[c,p,who,f'{n:,}',f'{e:,.0f}',f'{e/n:.2f}'] for c,p,who,e,n in published_rows()])

@@ -8,6 +8,7 @@ __all__ = ['row_options', 'check_row', 'repository_address', 'code_link', 'entry
 # %% ../nbs/16b_entry.ipynb #f564d370
 from fastai.vision.all import *
 from configparser import ConfigParser
+from dataclasses import replace
 from importlib import metadata
 import sesemi_fastai
 from .images import *
@@ -142,7 +143,7 @@ def sesemi_leaderboard(
 ):
     "Train a row of fastai's Imagewang leaderboard by its rules, and write the text of the pull request"
     given = {k:v for k,v in dict(kwargs, data=data, size=size, epochs=epochs, runs=runs, out=out, link=link).items() if v is not None}
-    opts = {k:p.default for k,p in inspect.signature(sesemi_imagewang).parameters.items()}|row_options(**given)
+    opts = inspect.signature(sesemi_imagewang).bind(**row_options(**given)); opts.apply_defaults(); opts = opts.arguments
     mine = {k:v for k,v in given.items() if k in inspect.signature(sesemi_leaderboard).parameters}|dict(data=opts['data'], out=opts['out'])
     command = command_line(sesemi_leaderboard, mine)
     out = imagewang_runs(opts, lambda _: command, partial(check_row, runs=runs))
