@@ -40,6 +40,8 @@ def row_options(
     "The options with those added that the rules set; raises `ValueError` for each that they forbid, before anything is read or made"
     for k,why in _refused.items():
         if k in kwargs: raise ValueError(f"--{k} is not for a row of the leaderboard: {why}; leave it out.")
+    for k,v,known in (('size',size,'128, 192 or 256 px'), ('epochs',epochs,'5, 20, 80 or 200 epochs')):
+        if v is None: raise ValueError(f"--{k} is missing: a row of the leaderboard is one of {known}.")
     sizes,counts = (sorted({o[i] for o in imagewang_rows}) for i in (0,1))
     if size not in sizes: raise ValueError(f"--size {size} is no size of the leaderboard: use 128, 192 or 256"+(", which trains on crops of 224." if size==224 else '.'))
     if epochs not in counts: raise ValueError(f"--epochs {epochs} is no number of epochs of the leaderboard: use 5, 20, 80 or 200.")
