@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['get_data', 'seconds_per_step', 'run_plan', 'check_writable', 'check_out', 'train_all', 'sesemi_imagewang',
-           'imagewang_command']
+           'imagewang_runs', 'imagewang_command']
 
 # %% ../nbs/16_imagewang.ipynb #746937eb
 from fastai.vision.all import *
@@ -134,14 +134,15 @@ def train_all(
             if finished_results(c, folder, kind=='baseline'): print(f"\n{name}: finished already"); continue
             if (why := failed_run(folder)): print(f"\n{name}: failed earlier, and isn't trained again ({why})"); continue
             print(f"\n{name}: {run_name(asdict(c)) if kind=='run' else 'supervised baseline'}, seed {c.seed}", flush=True)
-            try: r = train_run(c, folder, baseline=kind=='baseline', **kwargs)
+            later = runs-1-i,baseline*(runs-i-(kind=='baseline'))
+            try: r = train_run(c, folder, baseline=kind=='baseline', later=later, **kwargs)
             except DivergedError as e: raise DivergedError(f"{name} failed, and is kept as failed in {printable(folder)}: {e}") from e
             print(f"{name}: accuracy {r['accuracy']:.2f} % after {format_time(r['seconds'])}", flush=True)
             if r['bad_images']: print(f"{len(r['bad_images'])} images couldn't be read, see bad_images in {folder/'results.json'}", flush=True)
 
 # %% ../nbs/16_imagewang.ipynb #1fac0271
 def sesemi_imagewang(
-    data:str='sample', # sample, imagewang, imagewang_320, imagewang_160, a folder, or an archive
+    data:str='sample', # sample, imagewang, imagewang_320, imagewang_160, a folder, or an archive; `leaderboard` before it trains a row of fastai's leaderboard, with options of its own
     size:int=None, # Side of the training crop in pixels [224; sample 28]
     epochs:int=None, # Passes over the unlabelled images [80; sample 4]
     arch:str=None, # resnet10, resnet10_WIDTH, a classifier of torchvision, or timm:NAME [resnet50; sample resnet10_32]
@@ -178,14 +179,23 @@ def sesemi_imagewang(
     "Train SESEMI on Imagewang, or on data of its shape, and report as fastai's leaderboard asks"
     args = dict(locals())
     if report: return print(write_report(out or '.', link, class_names))
-    cfg,runs = _config(args),ifnone(runs, 2 if data=='sample' else 1)
-    path = local_first(get_data, data)
-    cfg = replace(cfg, data=str(path))
-    out = from_rank0(lambda: check_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
-    dls,baseline = cfg.dls(),baseline or data=='sample'
-    if not rank_distrib(): print(run_plan(cfg, dls, runs, baseline, class_names), f"Results    {out}", sep='\n', flush=True)
-    train_all(cfg, out, runs, baseline, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=save_every, command=command_line(sesemi_imagewang, args|dict(out=str(out), resume=True)))
+    out = imagewang_runs(args, lambda out: command_line(sesemi_imagewang, args|dict(out=str(out), resume=True)))
     if not rank_distrib(): print('\n'+write_report(out, link, class_names)+f'\nReport: {out}/report.html; weights and histories beside it')
+
+def imagewang_runs(
+    args:dict, # Each parameter of `sesemi_imagewang`
+    command, # From the folder of the results to the command that goes on after a signal
+    check=noop # Called with the `RunConfig`, the data and the folder before anything is trained; it may raise
+)->Path: # Folder of the results
+    "Print the plan, and train every run"
+    data,out,resume = args['data'],args['out'],args['resume']
+    cfg,runs,baseline = _config(args),ifnone(args['runs'], 2 if data=='sample' else 1),args['baseline'] or data=='sample'
+    cfg = replace(cfg, data=str(local_first(get_data, data)))
+    out = from_rank0(lambda: check_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
+    dls = cfg.dls(); check(cfg, dls, out)
+    if not rank_distrib(): print(run_plan(cfg, dls, runs, baseline, args['class_names']), f"Results    {out}", sep='\n', flush=True)
+    train_all(cfg, out, runs, baseline, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=args['save_every'], command=command(out))
+    return out
 
 def _config(args):
     "Options as a `RunConfig`; raises for what can be known to be wrong before anything is read, fetched or made"
@@ -201,7 +211,7 @@ def _config(args):
 # %% ../nbs/16_imagewang.ipynb #0d760ede
 def imagewang_command(args=None):
     "The command `sesemi_imagewang`"
-    run_command(sesemi_imagewang, args)
+    run_command(sesemi_imagewang, args, imagewang_words)
 
 # %% ../nbs/16_imagewang.ipynb #97897f35
 if __name__=='__main__': imagewang_command()   # for `python -m`; in a notebook the name is the same

@@ -188,7 +188,8 @@ def train_run(
     dls:PairedDataLoaders=None, # Made from `cfg` by default
     resume:bool=False, # Go on where an earlier call with the same arguments was cut
     save_every='10 minutes', # How often to save what it takes to resume; see `ResumeTraining`
-    command:str=None # What to say that resumes, when a signal stops the run
+    command:str=None, # What to say that resumes, when a signal stops the run
+    later:tuple=(0,0) # Runs and baselines that are trained afterwards, for the estimate of time
 )->dict: # What `results.json` holds
     "Train one run and write its folder, of several processes the first; raises `FileExistsError`, `CheckpointError` where `folder` holds another run, `DivergedError` where training diverged"
     folder,first_process = Path(folder),not rank_distrib()
@@ -201,6 +202,7 @@ def train_run(
     if plain:
         learn.remove_cb(ProgressCallback)
         if first_process: learn.add_cb(PlainProgress())
+    if first_process: learn.add_cb(_time_estimate(cfg, dls, baseline, later))
     cbs = [saver, StopDiverged(), *([CSVLogger(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
         try:
@@ -213,6 +215,11 @@ def train_run(
         res = _results(cfg, learn, dls, saver.seconds, baseline)
         if first_process: _write_results(folder, learn, steps, res); saver.clear()
     return res
+
+def _time_estimate(cfg, dls, baseline, later):
+    "A callback that prints when this run ends, and those that follow"
+    n,bs,valid = cfg.epochs*dls.steps_per_epoch(cfg.processes),dls.train.bs*cfg.processes,cfg.epochs*len(dls.valid.dataset)/3
+    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))))
 
 def _earlier(cfg, folder, baseline, resume):
     "Results that `folder` holds already; raises where it is of another run, or failed"

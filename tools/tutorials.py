@@ -5,7 +5,7 @@ import nbformat
 from nbclient import NotebookClient
 
 root = Path(__file__).parent.parent
-pages = sorted((root/'nbs/tutorials').glob('*.ipynb'))+[root/f'nbs/{o}.ipynb' for o in ('commands','concepts','which_objective')]
+pages = sorted((root/'nbs/tutorials').glob('*.ipynb'))+[root/f'nbs/{o}.ipynb' for o in ('commands','concepts','row_costs','which_objective')]
 os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'   # plots become outputs
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(root), os.environ.get('PYTHONPATH'))))
 os.environ['PYTHONWARNINGS'] = 'ignore'
