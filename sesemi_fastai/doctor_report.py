@@ -88,7 +88,7 @@ def _section(o, path, names, max_rows, max_files=12):
 
 def _body(r, max_rows, names=None):
     "All findings in HTML"
-    rows = [[Html(f'<a href="#{o.name}">{to_html(o.title)}</a>'),o.says] for o in r.findings]
+    rows = [[Html(f'<a href="#{o.name}">{to_html(o.title)}</a>') if o.rows or o.bars else o.title,o.says] for o in r.findings]   # one without images has no section
     return (f'<h1>{to_html(r.path.name)}</h1><p>{to_html(_counts(r))}</p><p class="quiet">{len(r.exclude()):,} files are better left out: those that can\'t be read, and duplicates. No file was changed.</p>{html_table(rows)}\n'
         +'\n'.join(_section(o, r.path, names, max_rows) for o in r.findings if o.rows or o.bars))
 
@@ -132,7 +132,7 @@ def sesemi_doctor(
     class_names:str=None, # A JSON file of names by class folder [Imagewang's are known]
     num_workers:int=None # Worker processes [one for each core]
 ):
-    "Say what is wrong with a folder of images: broken, turned, copied, odd and foreign ones; nothing is changed"
+    "Say what is wrong with a folder of images: broken, turned, duplicate, odd and foreign ones; nothing is changed"
     if write_exclude and Path(write_exclude).exists(): raise FileExistsError(f"--write_exclude {write_exclude} exists, and is not written over: name another file.")
     if out and [o for o in ('doctor.html','doctor.json') if (Path(out)/o).exists()]: raise FileExistsError(f"--out {out} holds a report already, which is not written over: name another folder.")
     if num_workers is not None and num_workers<0: raise ValueError(f"--num_workers {num_workers} must be 0 or more.")

@@ -18,8 +18,8 @@ from .images import *
 class Look:
     "What reading an image tells; `why` says what is wrong with one that can't be read, which has nothing else"
     path:Path; why:str=None
-    size:tuple=None         # Width and height in pixels, as cached
-    mode:str=None           # Pillow's name of the mode it is cached in
+    size:tuple=None         # Width and height in pixels, as stored
+    mode:str=None           # Pillow's name of the mode it is stored in
     turn:int=1              # EXIF orientation, 1 to 8
     moves:bool=False        # Has more than one frame, of which the first is used
     std:float=None          # Standard deviation of its grey values, in 0..255

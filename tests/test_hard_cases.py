@@ -136,14 +136,14 @@ def test_decompression_bomb(folder):
 
 @pytest.mark.parametrize('tag', range(10))
 def test_exif(folder, tag):
-    "EXIF of all eight orientations: upright; tags that don't exist (0, 9): as cached"
+    "EXIF of all eight orientations: upright; tags that don't exist (0, 9): as stored"
     cached,exif = image(),Image.Exif(); exif[0x0112] = tag; cached.save(folder/'unsup/x.png', exif=exif)
     T = Image.Transpose     # what undoes each tag, by the EXIF standard's own table
     turn = {2:T.FLIP_LEFT_RIGHT, 3:T.ROTATE_180, 4:T.FLIP_TOP_BOTTOM, 5:T.TRANSPOSE, 6:T.ROTATE_270, 7:T.TRANSVERSE, 8:T.ROTATE_90}.get(tag)
     assert np.array_equal(reads(folder, folder/'unsup/x.png'), cached if turn is None else cached.transpose(turn))
 
 def test_damaged_exif(folder):
-    "EXIF that is noise: the image as cached"
+    "EXIF that is noise: the image as stored"
     image().save(folder/'unsup/x.jpg', exif=b'Exif\0\0II*\0\xff\xff\xff\xff'+bytes(range(99)), quality=95)
     image().save(folder/'plain.jpg', quality=95); assert np.array_equal(reads(folder, folder/'unsup/x.jpg'), read_rgb(folder/'plain.jpg'))
 
@@ -244,7 +244,7 @@ def test_disk_gone_while_training(folder):
     dls = paired(folder, on_bad_image='skip'); shutil.rmtree(folder)
     with pytest.raises(BadImageError, match='the file is gone'): train(dls)
 
-def test_validation_picture_removed_while_training(folder):
+def test_validation_image_removed_while_training(folder):
     "a validation image removed during training: an error with 'skip' too, since an accuracy over fewer images is another number"
     dls = paired(folder, on_bad_image='skip', unlabeled='unsup'); (folder/'val/a/1.png').unlink()
     with pytest.raises(BadImageError, match='val/a/1.png'): train(dls)

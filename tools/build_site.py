@@ -7,7 +7,8 @@ import nbformat,yaml
 warnings.filterwarnings('ignore')
 from fastcore.docments import docments
 from readme import root,cfg,with_settings
-from check_site import check,params_of
+from fastai.callback.core import event
+from check_site import check,params_of,doc_of
 
 nbs,proc,docs = root/'nbs',root/'_proc',root/'_docs'
 also = {'CHANGELOG.md':'about/changelog.md', 'CONTRIBUTING.md':'about/contributing.md'}  # pages whose source lies beside nbs
@@ -31,10 +32,17 @@ def directives(src):
     "The `#|` directives of a cell, as name to value"
     return dict((a,b.strip()) for a,b in re.findall(r'^#\|\s*([\w-]+):?(.*)$', src, re.M))
 
+_events,_comments = {k for k in vars(event) if k[0]!='_'},{}
+
+def _function(o):
+    "What a static or class method is made of, a patched one too"
+    return getattr(o,'__func__',None) or (o.f if type(o).__name__=='_clsmethod' else o)
+
 def public(module, src):
     "Names that a cell exports, as (name to show, object): functions, classes, patched methods, and constants"
     for o in ast.parse(src).body:
         if isinstance(o, (ast.FunctionDef,ast.ClassDef)) and o.name[0]!='_':
+            if o.name in _events: continue   # fastai calls those, no reader does
             patched = isinstance(o, ast.FunctionDef) and any(getattr(getattr(d,'func',d),'id','')=='patch' for d in o.decorator_list)
             if not patched:
                 yield o.name,getattr(module,o.name)
@@ -42,15 +50,17 @@ def public(module, src):
                 continue
             anno = o.args.args[0].annotation
             for cls in anno.elts if isinstance(anno,ast.Tuple) else [anno]:
-                nm = ast.unparse(cls); yield f'{nm}.{o.name}',inspect.getattr_static(eval(nm, vars(module)), o.name)
-        elif isinstance(o, ast.Assign) and isinstance(o.targets[0], ast.Name) and o.targets[0].id in getattr(module,'__all__',[]): yield o.targets[0].id,getattr(module,o.targets[0].id)
+                nm = ast.unparse(cls); yield f'{nm}.{o.name}',_function(inspect.getattr_static(eval(nm, vars(module)), o.name))
+        elif isinstance(o, ast.Assign) and isinstance(o.targets[0], ast.Name) and (nm := o.targets[0].id) in getattr(module,'__all__',[]):
+            if m := re.search(rf'^{nm} = [^\n#]*# (.*)$', src, re.M): _comments[nm] = m[1]
+            yield nm,getattr(module,nm)
 
 def methods(cls, names):
     "Of these methods of a class those that a reader calls: public, and with documented parameters or made by the class"
     for k,o in vars(cls).items():
-        f = getattr(o,'__func__',o)
-        if k[0]=='_' or k not in names or not inspect.isfunction(f): continue
-        if isinstance(o,classmethod) or any(p.docment for n,p in docments(f, full=True).items() if n not in ('self','cls')): yield f'{cls.__name__}.{k}',getattr(cls,k)
+        f = _function(o)
+        if k[0]=='_' or k in _events or k not in names or not inspect.isfunction(f): continue
+        if isinstance(o,classmethod) or any(p.docment for n,p in docments(f, full=True).items() if n not in ('self','cls')): yield f'{cls.__name__}.{k}',f
 
 def _value(o):
     s = getattr(o,'__name__',None) or repr(o)
@@ -88,12 +98,20 @@ def source_link(o):
     if root.resolve() not in file.parents: return ''
     return f"[source]({cfg['git_url']}/blob/{cfg.get('branch','main')}/{file.relative_to(root.resolve()).as_posix()}#L{line})"
 
+def said_of(name, o):
+    "What it is: its docstring, or the comment behind its definition"
+    return _text(doc_of(o) if callable(o) and doc_of(o) else _comments.get(name) or constant(o)+'.')
+
+def constant(o):
+    "What a name that isn't called stands for"
+    names = [k for k in o if isinstance(k,(str,int))] if isinstance(o,(dict,tuple,list,set)) else []
+    return f'A {type(o).__name__}' + (': '+', '.join(f'`{k}`' for k in names) if names else '')
+
 def entry(name, o, level=3):
     "Heading, signature, what it does, and its parameters, as Markdown"
-    o = getattr(o,'__func__',o) if isinstance(o,(staticmethod,classmethod)) else o
     head = f"{'#'*level} `{name}` {{#{name}}}"
-    if not callable(o): return f'{head}\n\nA {type(o).__name__}' + (': '+', '.join(f'`{k}`' for k in o) if isinstance(o,dict) and o else '')+'.'
-    return '\n\n'.join(s for s in (head, f'```python\n{signature(name,o)}\n```', _text(inspect.cleandoc(o.__doc__ or '')), param_table(o), source_link(o)) if s)
+    if not callable(o): return '\n\n'.join((head, *dict.fromkeys((said_of(name,o), constant(o)+'.'))))
+    return '\n\n'.join(s for s in (head, f'```python\n{signature(name,o)}\n```', said_of(name,o), param_table(o), source_link(o)) if s)
 
 def api(texts):
     "For each module's notebook its entries by cell number, and for each name the page and the object"
@@ -112,13 +130,13 @@ def api(texts):
 
 def overview(index):
     "Tables of all names: those that `import *` gives, methods that are patched into fastai, and those of the modules"
-    said = lambda o: '' if not callable(o) else _text(_cell((inspect.getdoc(o) or '').split('\n')[0]))
+    said = lambda k,o: _cell(said_of(k,o).split('\n')[0])
     given = {*importlib.import_module(f"{cfg['lib_name']}.all").__all__}
-    kind = lambda k: 0 if k.split('.')[0] in given else 1 if '.' in k else 2
+    kind = lambda k: 1 if '.' in k and k.split('.')[0] not in index else 0 if k.split('.')[0] in given else 2
     titles = ['What `import *` gives','Methods of fastai\'s classes','In the modules']
     parts = []
     for n,title in enumerate(titles):
-        rows = [f"| [`{k}`](../{page}#{k}) | {said(getattr(o,'__func__',o))} |" for k,(page,o) in sorted(index.items(), key=lambda o: o[0].lower()) if kind(k)==n]
+        rows = [f"| [`{k}`](../{page}#{k}) | {said(k,o)} |" for k,(page,o) in sorted(index.items(), key=lambda o: o[0].lower()) if kind(k)==n]
         if rows: parts += [f'## {title}','','| name | what it is |','| --- | --- |',*rows,'']
     return '\n'.join(parts)
 
@@ -225,8 +243,19 @@ def stage(dst=proc):
 
 # ---- what the renderer leaves out
 
+def _breakable(cell): return re.sub(r'<code>([^<]*)</code>', lambda m: f"<code>{re.sub(r'(?<=[_./=(,])(?=[^ &;])', '<wbr>', m[1])}</code>", cell)
+
+def widths(table):
+    "A table whose columns are at least as wide as their texts read well, by number of columns, and whose code can be broken: on a narrow screen it scrolls, where a word a line would be read otherwise"
+    rows = [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', o, re.S) for o in re.findall(r'<tr>(.*?)</tr>', table[0], re.S)]
+    longest = lambda col: max(len(html.unescape(re.sub('<[^>]+>', '', o))) for o in col)
+    mins = iter([min(.47*longest(col)+1, 9 if len(rows[0])<3 else 12) for col in zip(*rows)])
+    text = re.sub(r'<th>', lambda m: f'<th style="min-width:{next(mins):.1f}rem">', table[0])
+    return re.sub(r'<td>.*?</td>', lambda m: _breakable(m[0]), text, flags=re.S)
+
 def mend(page):
-    "One rendered page: progress bars that were saved in the middle go, tables of outputs scroll, images in outputs have an alternative text"
+    "One rendered page: progress bars that were saved in the middle go, columns have a width, images in outputs have an alternative text"
+    page = re.sub(r'<div class="sd-table">\n<table.*?</table>', widths, page, flags=re.S)
     page = re.sub(r'<style>\s*/\* Turns off some styling \*/.*?</style>', '', page, flags=re.S)
     page = re.sub(r'<div>\s*<progress.*?</div>', '', page, flags=re.S)
     return re.sub(r'<img(?![^>]*\balt=)', '<img alt="Image in the output of the code above"', page)

@@ -63,6 +63,10 @@ def params_of(o):
     if isinstance(o,type) and not (getattr(o.__init__,'__module__',None) or '').startswith('sesemi_fastai'): return []
     return [p for k,p in inspect.signature(o).parameters.items() if k not in ('self','cls')]
 
+def doc_of(o):
+    "Its docstring; of an object that is called, that of the call"
+    return inspect.getdoc(o if inspect.isroutine(o) or isinstance(o,type) else type(o).__call__) or ''
+
 def check_links(pages):
     for name,p in pages.items():
         for h in dict.fromkeys(p.hrefs):
@@ -79,6 +83,8 @@ def check_entries(pages, index):
     for nm,(page,o) in index.items():
         p = pages.get(page.rsplit('.',1)[0]+'.html')
         if p is None or nm not in p.ids: yield f'{nm}: no entry'; continue
+        if '.' in nm and not callable(o): yield f'{nm}: its entry has no signature'
+        elif (inspect.isroutine(o) or isinstance(o,type)) and not doc_of(o): yield f'{nm}: its entry says nothing: write a docstring'
         text = p.entries.get(nm,'')
         for k in (v.name for v in (params_of(o) if callable(o) else []) if v.kind not in (v.VAR_POSITIONAL,v.VAR_KEYWORD)):
             if not re.search(rf'^\s*{re.escape(k)}\s*$', text, re.M): yield f'{nm}: no row for its parameter {k}'

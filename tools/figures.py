@@ -1,10 +1,10 @@
-"Draw what the front page shows, from the results of runs: `python tools/figures.py`"
-import csv,json
+"Draw what pages show, from the results of runs: `python tools/figures.py`"
+import csv,json,statistics
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-root = Path(__file__).parent.parent
+from readme import differences,data_words,objective_runs,objective_words,root
 
 def effect(folder=root/'tests/benchmarks/results/imagewang-80', to=root/'nbs/images/effect.png'):
     "Validation accuracy of runs and their supervised baselines, by step"
@@ -16,9 +16,33 @@ def effect(folder=root/'tests/benchmarks/results/imagewang-80', to=root/'nbs/ima
             ax.plot(xs, ys, marker='o', color=color, alpha=1-.45*k, label=label if not k else None)
             last = [*last,ys[-1]] if k else [ys[-1]]
         ax.annotate(f"{sum(last)/len(last):.1f} %", (xs[-1],sum(last)/len(last)), xytext=(8,-4), textcoords='offset points', color=color)
-    ax.axhline(10, color='gray', lw=.8, ls=':'); ax.text(xs[0], 10.6, 'chance', color='gray', fontsize=8)
-    ax.set(xlabel='training steps', ylabel='validation accuracy, %', title='Imagewang at 64 px, 1,275 labelled images: two seeds, their mean', xlim=(None,xs[-1]*1.08), ylim=(8,50))
-    ax.title.set_size(11); ax.legend(loc='lower right', frameon=False, fontsize=9); ax.spines[['top','right']].set_visible(False)
+    ax.axhline(10, color='gray', lw=.8, ls=':'); ax.text(20, 10.6, 'chance', color='gray', fontsize=8)
+    ax.set(xlabel='training steps', ylabel='validation accuracy, %', title='Imagewang at 64 px, 1,275 labelled images: two seeds, their mean', xlim=(0,xs[-1]*1.08), ylim=(8,53))
+    ax.title.set_size(11); ax.legend(loc='upper left', frameon=False, fontsize=9); ax.spines[['top','right']].set_visible(False)
     fig.savefig(to, dpi=110); plt.close(fig)
 
-if __name__=='__main__': effect()
+def objectives(folder=root/'tests/benchmarks/results/objectives', to=root/'nbs/images/objectives.png'):
+    "Points above the baseline of the same seed: a panel for each data set, a dot for each seed, the mean with its standard error"
+    files = [o for o in sorted(folder.glob('*.jsonl')) if objective_runs(o)[0]]
+    if not files: return
+    names = [k for k in objective_words if k!='baseline_ema'][::-1]+['baseline_ema']; names = names[-1:]+names[:-1]
+    fig,axs = plt.subplots(1, len(files), figsize=(7.4,5), layout='constrained', sharey=True, squeeze=False)
+    for ax,file in zip(axs[0], files):
+        base,by = objective_runs(file)
+        for kind,dy,color in (('alone',.16,'tab:blue'),('beside rotation, one turn',-.16,'tab:orange')):
+            label = kind
+            for i,k in enumerate(names):
+                full = k if kind=='alone' else next((o for o in by if '+' in o and o.split('+',1)[1]==k), None)
+                ds = differences(by.get(full,{}), base)
+                if not ds: continue
+                ax.plot(ds, [i+dy]*len(ds), 'o', color=color, ms=4, alpha=.45 if len(ds)>1 else 1, label=label if len(ds)==1 else None)
+                if len(ds)>1: ax.errorbar(statistics.mean(ds), i+dy, xerr=statistics.stdev(ds)/len(ds)**.5, fmt='D', color=color, ms=5, lw=1.5, label=label)
+                label = None
+        ax.axvline(0, color='gray', lw=1); ax.grid(axis='x', alpha=.3); ax.spines[['top','right']].set_visible(False)
+        ax.set_title(data_words.get(file.stem,file.stem).replace(', ',',\n'), fontsize=10); ax.set_xlabel('points above the baseline')
+        ax.set_yticks(range(len(names)), [objective_words[k] for k in names], fontsize=9)
+    shown = dict(zip(*axs[0][0].get_legend_handles_labels()[::-1]))
+    fig.legend([shown[k] for k in sorted(shown)], sorted(shown), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
+    fig.savefig(to, dpi=110); plt.close(fig)
+
+if __name__=='__main__': effect(); objectives()

@@ -54,7 +54,7 @@ def table(tests, what, checked, topics=None):
     by = {k:[] for k in topics}
     for o in rows_of(tests): by[next(k for k,v in topics.items() if re.search(v, f'{o[3]} {o[2]}'))].append(o)
     order = [*reversed(by)]
-    return '\n\n'.join(f"**{k}**\n\n"+'\n'.join([*head,*map(row,by[k])]) for k in order if by[k])
+    return '\n\n'.join(f"## {k}\n\n"+'\n'.join([*head,*map(row,by[k])]) for k in order if by[k])
 
 def mutants():
     "What became of each breakage in the last run of tests/mutants.py"
@@ -77,19 +77,22 @@ def bench(*parts):
     "Results by part, of those that were measured"
     return {o.stem:json.loads(o.read_text(encoding='utf-8')) for o in (results/f'bench/{k}.json' for k in parts) if o.exists()}
 
+bench_titles = dict(step='Time', pipeline='Time', overhead='Time', memory='Memory', growth='Growth', names='Growth')
+
 def benchmarks():
     "The ratios of the last `make bench`, and what they were measured on"
     res = bench('step','pipeline','overhead','memory','growth','names')
     if not res: return 'Not run yet: `make bench`.'
-    num = lambda v,unit: f'{v:.3g} {unit}' if v<1000 else f'{v:,.0f} {unit}'
-    rows = ['| figure | ratio | pairs | ours | other | target |','| --- | --- | --- | --- | --- | --- |']
-    for r in (r for o in res.values() for r in o['rows']):
+    num = lambda v,unit: f'{v:.3g}\u00a0{unit}' if v<1000 else f'{v:,.0f}\u00a0{unit}'
+    head,rows,before = ['','| figure | ratio | pairs | ours | other | target |','| --- | --- | --- | --- | --- | --- |'],[],None
+    for title,r in ((bench_titles[k],r) for k,o in res.items() for r in o['rows']):
+        if title!=before: rows += ['',f'### {title}',*head]; before = title
         spread = f" ({r['low']:.2f} to {r['high']:.2f})" if r['pairs']>1 else ''
         rows.append(f"| {r['name']} | {r['ratio']:.2f}×{spread} | {r['pairs']} | {num(r['mine'],r['unit'])} | {num(r['other'],r['unit'])} | "+(f"{'≥' if r['target']>2 else '≤'} {r['target']:.2f}× |" if r['target'] else '|'))
     on = {}
     for k,m in ((k,o['machine']) for k,o in res.items()): on.setdefault(f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, torch {m['torch']}, {m['time'][:10]}, at {m['commit']}", []).append(k)
     start = f" To the first batch of an epoch with two workers it takes {res['growth']['raw']['worker_start_seconds']:.1f} s." if 'growth' in res else ''
-    return '\n'.join([*rows, '', 'Measured on '+'; '.join(f"{m} ({', '.join(v)})" for m,v in on.items())+'.'+start, '', '![Ratios](images/bench.png)', '![Growth](images/growth.png)'])
+    return '\n'.join([*rows[1:], '', 'Measured on '+'; '.join(f"{m} ({', '.join(v)})" for m,v in on.items())+'.'+start, '', '![Plot: each ratio of the table as a dot with its range, and its target](images/bench.png)', '', '![Plot: how time and memory grow with the number of images, of files, of images in a batch, and of workers](images/growth.png)'])
 
 def runs(folder, what='run'):
     "Accuracy in % by seed of the runs in `folder` of the benchmarks' results"
@@ -106,13 +109,19 @@ def accuracies():
     rows.append(f"| mean ± standard error | {m:.2f} % ± {e:.2f} | {m2:.2f} % ± {e2:.2f} |")
     return '\n'.join(rows),f"Accuracy over {len(seeds)} seeds: {m2:.2f} % with the fast recipe, {m:.2f} % with the reference; {m2-m:+.2f} points, with a standard error of {(e*e+e2*e2)**.5:.2f}."
 
-def baselines():
-    "SESEMI and its supervised baselines of as many steps"
-    one,two = (runs('imagewang-80', o) for o in ('run','baseline'))
+def baselines(folder='imagewang-80', name='SESEMI'):
+    "Runs and their supervised baselines of as many steps"
+    one,two = (runs(folder, o) for o in ('run','baseline'))
     a,b = [one[k] for k in two],[*two.values()]
     mean,sd = statistics.mean,statistics.stdev
-    return '\n'.join(['| seed | SESEMI | supervised baseline, equal steps | difference |', '| --- | --- | --- | --- |', *(f'| {k} | {one[k]:.2f} % | {v:.2f} % | {one[k]-v:+.2f} |' for k,v in two.items()),
+    return '\n'.join([f'| seed | {name} | supervised baseline, equal steps | difference |', '| --- | --- | --- | --- |', *(f'| {k} | {one[k]:.2f} % | {v:.2f} % | {one[k]-v:+.2f} |' for k,v in two.items()),
         f'| mean ± sample standard deviation | {mean(a):.2f} % ± {sd(a):.2f} | {mean(b):.2f} % ± {sd(b):.2f} | {mean(a)-mean(b):+.2f} |'])
+
+def sample():
+    "The packaged sample's runs, their difference with its interval as the report words it, and what they cost"
+    said = (results/'sample/leaderboard.md').read_text(encoding='utf-8')
+    one,two = (json.loads((results/f'sample/{k}-0/results.json').read_text(encoding='utf-8'))['image_passes'] for k in ('run','baseline'))
+    return f"{baselines('sample','FixMatch')}\n\n{re.search(r'^Difference: .*', said, re.M)[0]} Image passes of a run: {one:,}, of a baseline: {two:,}."
 
 def history(folder='imagewang-80/run-1'):
     "The table that fastai printed in a run"
@@ -129,24 +138,42 @@ def gain():
     return '\n'.join([f'| Imagewang, 64 px, {len(acc[0])} seeds | accuracy ± sample standard deviation | image passes | time on two cores |','| --- | --- | --- | --- |',*rows,'',
         f"{mean(acc[0])-mean(acc[1]):+.1f} points with 1,275 labelled images and 12,954 in the unlabelled pool, for {mean(sec[0])/mean(sec[1]):.1f} times the time of a supervised step."])
 
+# What the runs of tests/benchmarks/objectives.py are called, and their data
+objective_words = dict(rotation='rotation, four turns of each image', rotation_one='rotation, one turn of each image', jigsaw='jigsaw', entropy='entropy minimisation', pseudo_label='pseudo-label', pi_model='Pi model',
+    mean_teacher='mean teacher', vat='VAT', fixmatch='FixMatch', fixmatch_free="FixMatch with FreeMatch's thresholds", fixmatch_soft="FixMatch with SoftMatch's weights", barlow_twins='Barlow Twins', baseline_ema='no objective, averaged weights')
+data_words = dict(fashionwang='Fashion-MNIST, the packaged sample', imagewang='Imagewang')
+
+def objective_runs(file):
+    "Runs of a file by name, then by seed; the baseline's apart"
+    by = {}
+    for r in map(json.loads, file.read_text(encoding='utf-8').splitlines()): by.setdefault(r['name'],{})[r['seed']] = r
+    return by.pop('baseline',{}),by
+
+def differences(runs, base):
+    "Points of accuracy above the baseline of the same seed, by seed"
+    return [runs[o]['accuracy']-base[o]['accuracy'] for o in sorted(runs.keys()&base.keys())]
+
+def with_error(xs, spec):
+    "Mean, with its standard error where there are two or more"
+    return format(statistics.mean(xs), spec)+(f" ± {statistics.stdev(xs)/len(xs)**.5:{spec[-3:]}}" if len(xs)>1 else '')
+
 def measured_objectives():
     "What each objective gave in the runs of tests/benchmarks/objectives.py, beside the baseline with the same seeds"
     parts = []
     for file in sorted((results/'objectives').glob('*.jsonl')):
-        by = {}
-        for r in map(json.loads, file.read_text(encoding='utf-8').splitlines()): by.setdefault(r['name'],{})[r['seed']] = r
-        base = by.pop('baseline',{})
+        base,by = objective_runs(file)
         if not base: continue
-        parts += ['', f"**{file.stem}**: {next(iter(base.values()))['steps']} steps of {next(iter(base.values()))['bs']} labelled images and unlabelled ones of as many passes; the differences are to the baseline of the same seed, ± standard error over seeds.", '',
-            '| objectives | seeds | accuracy | difference to the baseline | passes of images, times the baseline |', '| --- | --- | --- | --- | --- |']
-        for k,rs in {'baseline':base,**by}.items():
-            seeds = sorted(rs.keys()&base.keys())
-            if not seeds: continue
-            diffs = [rs[o]['accuracy']-base[o]['accuracy'] for o in seeds]
-            err = f' ± {statistics.stdev(diffs)/len(diffs)**.5:.1f}' if len(diffs)>1 else ''
-            passes = statistics.mean(rs[o]['passes'] for o in seeds)/statistics.mean(o['passes'] for o in base.values())
-            parts.append(f"| {k.replace('_',' ').replace('+',' + ')} | {len(seeds)} | {statistics.mean(rs[o]['accuracy'] for o in seeds):.1f} % | {'' if k=='baseline' else f'{statistics.mean(diffs):+.1f}{err}'} | {passes:.2f} |")
-    return '\n'.join(parts).strip() or 'Not measured yet: `python tests/benchmarks/objectives.py fashionwang`.'
+        r,n = next(iter(base.values())),len(base)
+        def cell(name):
+            diffs = differences(by.get(name,{}), base)
+            few = f", {len(diffs)} of {n} seeds" if diffs and len(diffs)<n else ''
+            return f"{statistics.mean(o['accuracy'] for k,o in by[name].items() if k in base):.1f}\u00a0% ({with_error(diffs,'+.1f')}{few})" if diffs else ''
+        alone = sorted((k for k in by if '+' not in k), key=lambda k: -statistics.mean(differences(by[k],base) or [-100]))
+        other = lambda k: cell(next((o for o in by if '+' in o and o.split('+',1)[1]==k), ''))
+        parts += ['', f"### {data_words.get(file.stem,file.stem)}", '', f"{r['steps']} steps of {r['bs']} labelled images, {n} seed{'s' if n>1 else ''}. The supervised baseline reached {with_error([o['accuracy'] for o in base.values()],'.2f')} %.", '',
+            '| objective | alone | beside rotation, one turn |', '| --- | --- | --- |', *(f"| {objective_words.get(k,k)} | {cell(k)} | {other(k)} |" for k in alone)]
+    if not parts: return 'Not measured yet: `python tests/benchmarks/objectives.py fashionwang`.'
+    return '\n'.join(['In brackets: points above the baseline of the same seed'+', ± the standard error over seeds' *any(' ± ' in o for o in parts)+'.', '', '![Plot: points of accuracy above the baseline for each objective, alone and beside rotation, a dot for each seed](images/objectives.png)', *parts])
 
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
@@ -156,9 +183,12 @@ def with_tables(text, tables):
     return nbformat.writes(nb, 4)+'\n'
 
 if __name__=='__main__':
+    if '--check' not in sys.argv and (results/'objectives').exists():
+        import figures
+        figures.objectives()
     texts,(acc,said) = {},accuracies()
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),f'{acc}\n\n{said}'],
-        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),f'{acc}\n\n{said}']}
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}']}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
