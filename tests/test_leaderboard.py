@@ -113,12 +113,12 @@ def test_address_of_the_settings(tmp_path, monkeypatch):
 
 def test_time_of_a_run_is_told_once(folder, tmp_path, capsys):
     "After its first steps, and not in a run of few"
-    cfg = RunConfig(str(folder), 'noise', size=32, epochs=2, arch='resnet10_8', unlabeled_bs=2, bs=8, num_workers=0, steps=7)
+    cfg = RunConfig(str(folder), 'noise', size=32, epochs=2, arch='resnet10_8', unlabeled_bs=2, bs=8, num_workers=0, steps=14)
     train_run(cfg, tmp_path/'run', plain=True, later=(1,2)); said = capsys.readouterr().out
     assert said.count('measured')==1 and re.search(r'^10 steps measured: .* this run ends at about \d\d:\d\d, in 00:\d\d, all of them at about \d\d:\d\d$', said, re.M), said
     images,passes = (float(o.replace(',','')) for o in re.search(r'([\d,.]+) images a second \(([\d,.]+) image passes', said).groups())
     assert passes/images==pytest.approx(16/10, rel=.02)   # 8 labelled and 2 unlabelled, which are passed four times
-    train_run(replace(cfg, epochs=1), tmp_path/'few', baseline=True, plain=True); assert 'measured' not in capsys.readouterr().out
+    train_run(replace(cfg, steps=5), tmp_path/'few', baseline=True, plain=True); assert 'measured' not in capsys.readouterr().out
 
 def test_runs_that_follow_are_counted(folder, tmp_path, monkeypatch):
     "Runs and baselines after each one, for the time at which all have ended"
