@@ -53,7 +53,7 @@ def _sentence(e):
 def _call(f, args):
     "Parse and run; the first of several processes speaks for all"
     from fastai.torch_core import rank_distrib
-    from sesemi_fastai.unlabeled import memory_advice
+    from sesemi_fastai.memory import memory_advice
     args = vars(command_parser(f).parse_args(args))
     with redirect_stdout(open(os.devnull,'w')) if rank_distrib() else nullcontext(), memory_advice(): f(**args)
     import torch

@@ -75,7 +75,7 @@ class PairedDataLoaders(DataLoaders):
         if on_bad_image not in ('error','skip'): raise ValueError(f"on_bad_image={on_bad_image!r} isn't known: use 'error' or 'skip'.")
         if bad is None and on_bad_image=='skip': bad = BadImages()
         if seed is None: seed = torch.randint(2**31, (1,)).item()
-        with preserved():
+        with preserved(train.device):
             n,m = len(order(seed)) if order else train.n,len(items)
             bs,ubs = _fit_bs(train.bs, n, 'labelled', verbose),_fit_bs(unlabeled_bs or max(1, train.bs//4), m, 'unlabelled', verbose)
             nw = ifnone(num_workers, train.fake_l.num_workers)
@@ -194,7 +194,7 @@ def from_folder(cls:PairedDataLoaders,
     dsets = Datasets(files.labeled+files.valid, [pics, [files.label, Categorize(vocab=files.vocab)]], splits=splits)
     ubs = _fit_bs(unlabeled_bs, len(files.unlabeled), 'unlabelled', verbose)
     bs = _fit_bs(bs or 4*ubs, n, 'labelled', verbose)
-    with preserved(): dls = dsets.dataloaders(bs=bs, val_bs=val_bs or bs, path=files.path, device=device, num_workers=num_workers, after_batch=rec.after_batch)
+    with preserved(ifnone(device, default_device())): dls = dsets.dataloaders(bs=bs, val_bs=val_bs or bs, path=files.path, device=device, num_workers=num_workers, after_batch=rec.after_batch)
     res = cls.from_dls(dls, files.unlabeled, unlabeled_bs=ubs, seed=seed, n_steps=n_steps, bad=bad)
     res.recipe,res.left_out = rec,files.left_out
     return res

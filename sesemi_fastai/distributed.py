@@ -8,6 +8,7 @@ __all__ = ['from_rank0', 'from_all', 'local_first', 'on_processes', 'ShardedDL',
 # %% ../nbs/03a_distributed.ipynb #700c281d
 from fastai.vision.all import *
 from contextlib import nullcontext
+from .transfer import *
 from .streams import *
 
 # %% ../nbs/03a_distributed.ipynb #dbf90c8a
@@ -62,7 +63,7 @@ class ShardedDL(DistributedDL):
     def get_idxs(self): return super().get_idxs() if self.n_steps is None else self.dl.samples(self.n_steps, self.rank, self.world_size)
     def __iter__(self):
         if self.n_steps is None: yield from super().__iter__()
-        else: yield from seeded_batches(self.dl, super().__iter__(), self.device, *filter(None, [self.rank]))
+        else: yield from seeded_batches(self.dl, sent_batches(self), self.device, *filter(None, [self.rank]))
     def wif(self): self.dl.wif()
     def _broadcast(self, t, rank):
         t = LongTensor(t).to(self.device)

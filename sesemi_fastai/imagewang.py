@@ -14,6 +14,7 @@ from fastprogress.fastprogress import format_time
 import sesemi_fastai,statistics
 from .images import *
 from .distributed import *
+from .randomness import *
 from .data import *
 from .step import *
 from .objective_text import *
@@ -161,6 +162,7 @@ def sesemi_imagewang(
     no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
+    deterministic:bool=False, # The same bits each time on a GPU too, at some cost in time
     objective:str=None, # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)' [rotation; sample 'fixmatch(threshold=.8,bn=batch)']
     ema:float=None, # Average the weights with this decay, such as 0.999, those of baselines too, and validate the averages [none]
     backward:str='joint', # joint, or sequential: in about half the memory
@@ -192,15 +194,16 @@ def imagewang_runs(
     cfg,runs,baseline = _config(args),ifnone(args['runs'], 2 if data=='sample' else 1),args['baseline'] or data=='sample'
     cfg = replace(cfg, data=str(local_first(get_data, data)))
     out = from_rank0(lambda: check_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
-    dls = cfg.dls(); check(cfg, dls, out)
-    if not rank_distrib(): print(run_plan(cfg, dls, runs, baseline, args['class_names']), f"Results    {out}", sep='\n', flush=True)
+    with deterministic_algorithms(cfg.deterministic):   # what the plan measures, too
+        dls = cfg.dls(); check(cfg, dls, out)
+        if not rank_distrib(): print(run_plan(cfg, dls, runs, baseline, args['class_names']), f"Results    {out}", sep='\n', flush=True)
     train_all(cfg, out, runs, baseline, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=args['save_every'], command=command(out))
     return out
 
 def _config(args):
     "Options as a `RunConfig`; raises for what can be known to be wrong before anything is read, fetched or made"
     data,given = args['data'],{k:args[k] for k in ('size','epochs','arch','unlabeled_bs','bs','labels_per_class','lr','warmup_epochs','opt','schedule','dropout','recipe','objective','steps','num_workers','cache','bn_groups') if args[k] is not None}
-    same = {k:args[k] for k in ('seed','ema','bf16','backward','exclude','on_bad_image')}
+    same = {k:args[k] for k in ('seed','ema','bf16','backward','exclude','on_bad_image','deterministic')}
     if args['resume'] and not args['out']: raise ValueError("--resume needs --out: name the folder of the runs to go on with.")
     if args['no_val']: given['val_in_pool'] = False
     if args['runs'] is not None and args['runs']<1: raise ValueError(f"--runs {args['runs']} must be 1 or more.")

@@ -20,6 +20,7 @@ from .data import *
 from .step import *
 from .learner import *
 from .augment import *
+from .randomness import *
 from .samples import *
 from .optimizer import *
 from .schedule import *
@@ -60,6 +61,7 @@ class RunConfig:
     bn_groups:int=None          # Parts of a batch that BatchNorm normalises apart, see `BatchNormGroups`; one for each process by default
     exclude:str=None            # A JSON file that lists files to leave out
     on_bad_image:str='error'    # 'error', or 'skip' to train without images that can't be read
+    deterministic:bool=False    # The same bits each time on a GPU too, see `deterministic_algorithms`
 
     def __post_init__(self):
         "Raises `ValueError` for a setting that can't be, before anything is read or made"
@@ -108,7 +110,7 @@ class RunConfig:
 
     def settings(self, baseline=False):
         "What makes it the same run, wherever its files are"
-        return {k:v for k,v in asdict(self).items() if k not in ('data','dataset','num_workers','cache')}|dict(baseline=baseline)
+        return {k:v for k,v in asdict(self).items() if k not in ('data','dataset','num_workers','cache') and (k!='deterministic' or v)}|dict(baseline=baseline)   # that one is absent where off, as before there was the setting
 
     def learner(self, dls):
         "Its Learner, with weights drawn from the seed"
@@ -192,10 +194,14 @@ def train_run(
     later:tuple=(0,0) # Runs and baselines that are trained afterwards, for the estimate of time
 )->dict: # What `results.json` holds
     "Train one run and write its folder, of several processes the first; raises `FileExistsError`, `CheckpointError` where `folder` holds another run, `DivergedError` where training diverged"
-    folder,first_process = Path(folder),not rank_distrib()
+    folder = Path(folder)
     if (done := from_rank0(lambda: _earlier(cfg, folder, baseline, resume))): return done
     saver = ResumeTraining(folder/'resume', save_every, settings=cfg.settings(baseline), command=command)
-    dls = dls or cfg.dls()
+    with deterministic_algorithms(cfg.deterministic): return _train(cfg, folder, saver, baseline, plain, dls or cfg.dls())
+
+def _train(cfg, folder, saver, baseline, plain, dls):
+    "The run itself"
+    first_process = not rank_distrib()
     for dl in (dls.train, dls.unlabeled): dl.epoch = 0
     learn = cfg.learner(dls)
     learn.path = folder

@@ -16,8 +16,8 @@ def sample_batch(
     "Two items as `dl` gives them, without moving any random generator"
     dl = whole_dl(dl)   # one process's part has no items of its own
     if not isinstance(dl, TfmdDL):
-        with preserved(): return tuple(o[:2] for o in first(dl))
-    with seeded(0):
+        with preserved(getattr(dl,'device',None)): return tuple(o[:2] for o in first(dl))
+    with seeded(0, dl.device):
         dl.before_iter()
         b = dl.do_batch([dl.do_item(0)]*2)
         return tuple(dl.after_batch(to_device(b, dl.device) if dl.device else b))

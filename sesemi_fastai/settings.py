@@ -205,6 +205,7 @@ def run_settings(
             'schedule':{k:[np.asarray(f(p)).tolist() for p in (0.,.1,.3,.6,1.)] for k,f in scheds.items()}, 'loss':describe(learn.loss_func, names), 'metrics':[o.name for o in learn.metrics]}
     cbs = sorted(((type(o).__name__, callback_args(o, names)) for o in learn.cbs if not only_shows(o) and not any(o is c for c in leave_out)), key=repr)
     for i,(n,args) in enumerate(cbs): res[n+(f' {k}' if (k := 1+sum(o[0]==n for o in cbs[:i]))>1 else '')] = args
+    if torch.are_deterministic_algorithms_enabled(): res['deterministic algorithms'] = True   # absent where off, as before there was the setting
     v = versions()
     return res | {f'version of {k}':o for k,o in v.items() if k!='python'} | {'version of python':v['python'].rpartition('.')[0]}
 

@@ -89,7 +89,7 @@ def get_preds(self:PretextObjective,
     with eval_mode(model):
         for x in _unlabeled_batches(learn, n):
             layer = layer or find_feature_layer(model, x[:2], self.features)
-            with seeded(0): views,targs = self.make_view(x)
+            with seeded(0, x.device): views,targs = self.make_view(x)
             res.append((views.cpu(), to_full(self.fit_heads['head'](layer(model, views))).softmax(1).cpu(), targs.cpu()))
     return tuple(map(torch.cat, zip(*res)))
 
@@ -122,7 +122,7 @@ def show_results(self:FixMatch,
     teacher = self.teacher=='ema' and getattr(getattr(learn,'ema',None),'teacher',None) or model   # after a fit the model holds the averages
     with eval_mode(model):
         x = torch.cat([*_unlabeled_batches(learn, max_n)])
-        with seeded(0): strong = self.strong_view(x)
+        with seeded(0, x.device): strong = self.strong_view(x)
         p = class_probs(teacher(x), 'single')
     kept = deepcopy(self.kept)   # a look moves no statistics
     if 'align' in kept: p = kept['align'](p)

@@ -13,6 +13,7 @@ from torch.utils.data import get_worker_info
 from contextlib import nullcontext
 import hashlib,multiprocessing,signal
 from .images import *
+from .transfer import *
 
 # %% ../nbs/03_streams.ipynb #ec3382a0
 def random_key(
@@ -243,7 +244,7 @@ class StreamDL(TfmdDL):
         return iter(partial(self._next, batches), None) if self.shuffle else batches
 
     def __iter__(self):
-        if self.shuffle: yield from seeded_batches(self, super().__iter__(), self.device)
+        if self.shuffle: yield from seeded_batches(self, sent_batches(self), self.device)
         else: yield from super().__iter__()
 
     def one_batch(self):

@@ -7,7 +7,7 @@ __all__ = ['norm_stats', 'StrongAugment', 'StrongTransforms', 'as_strong']
 
 # %% ../nbs/05b_strong.ipynb #05b00002
 from fastai.vision.all import *
-from fastai.vision.augment import AffineCoordTfm,SpaceTfm,affine_mat,rotate_mat,setup_aug_tfms
+from fastai.vision.augment import AffineCoordTfm,LightingTfm,SpaceTfm,affine_mat,rotate_mat,setup_aug_tfms,_SaturationLogit
 from .streams import *
 
 # %% ../nbs/05b_strong.ipynb #05b00005
@@ -39,6 +39,13 @@ def _uniform(x, lo, hi, p):
     "One number an image from `lo` to `hi`, or 0 with probability `1-p`"
     return x.new_empty(len(x)).uniform_(lo, hi)*(torch.rand(len(x), device=x.device)<p)
 
+class _Saturation(_SaturationLogit):
+    "fastai's, but for its `grayscale`, which copies three weights from the host and waits for the device"
+    def __call__(self, x):
+        r,g,b = x.unbind(1)
+        keep,grey = self.change[:,None,None,None],(.2989*r+.587*g+.114*b)[:,None]
+        return x.mul_(keep).add_(grey*(1-keep))
+
 class StrongAugment:
     "A strong view of a normalised batch `(B,C,H,W)`, of the same shape, type, device and memory format; any number of channels"
     def __init__(self,
@@ -57,7 +64,7 @@ class StrongAugment:
         mean,std = [None if o is None else tuple(map(float, o)) for o in (mean,std)]
         store_attr()
         kw = dict(max_lighting=max_lighting, p=p)
-        self._grey,self._colour = [[setup_aug_tfms([t(**kw) for t in ts])[0]] for ts in ((Brightness,Contrast),(Brightness,Contrast,Saturation))]
+        self._grey,self._colour = [[setup_aug_tfms([t(**kw) for t in ts])[0]] for ts in ((Brightness,Contrast),(Brightness,Contrast,lambda **kw: LightingTfm(_Saturation(**kw))))]
         self._colour.append(Hue(max_hue, p=p))
 
     @property

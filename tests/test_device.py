@@ -148,6 +148,8 @@ def test_crops_on_a_fake_gpu():
 def test_strong_views_on_no_device(monkeypatch):
     "On `meta`, which has no values either, but takes fastai's classes, and which autocast doesn't know"
     monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
+    def tensor(*args, _was=torch.tensor, **kwargs): assert kwargs.get('device') is None; return _was(*args, **kwargs)   # a copy that is waited for, and that no dispatch shows for `meta`
+    monkeypatch.setattr(torch, 'tensor', tensor)
     x = torch.empty(4,3,32,32, device='meta')
     for strong in (StrongAugment(mean=imagenet_stats[0], std=imagenet_stats[1]),StrongAugment()):
         with Copies() as c: res = strong(x)

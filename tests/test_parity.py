@@ -40,7 +40,7 @@ def reference_loop(arch, state, head_state, data):
 
 class FixedBatches:
     "A loader that gives the batches it was given, `STEPS` an epoch"
-    def __init__(self, batches): self.batches,self.epoch,self.device = batches,0,torch.device('cpu')
+    def __init__(self, batches, device='cpu'): self.batches,self.epoch,self.device = batches,0,torch.device(device)
     def __len__(self): return STEPS
     def __iter__(self):
         yield from self.batches[self.epoch*STEPS:(self.epoch+1)*STEPS]
