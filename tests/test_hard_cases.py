@@ -294,7 +294,7 @@ def test_archive_that_leaves_its_folder(tmp_path, kind):
     assert not (tmp_path/'home').exists()
 
 def test_archive_of_many_members(tmp_path):
-    "an archive of more members than 500,000 (here: than 99): refused at the first too many, nothing is written"
+    "an archive of more members than 500,000 (here, than 99): refused at the first too many, nothing is written"
     a = archive(tmp_path/'x.tgz', *[(f'd/{i}', tarfile.REGTYPE, '', b'') for i in range(100)])
     with pytest.raises(BadArchiveError, match='more than 99 members'): unpack(a, tmp_path/'home', max_members=99)
     assert not (tmp_path/'home').exists(); assert len(list(unpack(a, tmp_path/'home', max_members=100).iterdir()))==100
@@ -353,7 +353,7 @@ def test_pairing(shape):
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(shapes)
 def test_pairing_with_workers(shape):
-    "the same images, order and random numbers with 0, 1 and 2 workers"
+    "images, their order and random numbers with 0, 1 and 2 workers: the same"
     n,bs,m,ubs,seed,_ = shape
     runs = [[torch.cat([b[0] for b in dl]) for dl in (dls.train, dls.unlabeled, dls.train)] for dls in (pair(n, bs, m, ubs, seed, w) for w in (0,1,2))]
     for o in runs[1:]: assert all(torch.equal(a, b) for a,b in zip(o, runs[0]))

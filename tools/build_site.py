@@ -243,21 +243,22 @@ def stage(dst=proc):
 
 # ---- what the renderer leaves out
 
-def _breakable(cell): return re.sub(r'<code>([^<]*)</code>', lambda m: f"<code>{re.sub(r'(?<=[_./=(,])(?=[^ &;])', '<wbr>', m[1])}</code>", cell)
+def _breakable(cell): return re.sub(r'<code>([^<]*)</code>', lambda m: m[0] if len(m[1])<23 else f"<code>{re.sub(r'(?<=[_./=(,])(?=[^ &;])', '<wbr>', m[1])}</code>", cell)
 
 def widths(table):
-    "A table whose columns are at least as wide as their texts read well, by number of columns, and whose code can be broken: on a narrow screen it scrolls, where a word a line would be read otherwise"
+    "A table whose columns are at least as wide as their texts read well, and whose long code can be broken: on a narrow screen it scrolls, where a word a line would be read otherwise"
     rows = [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', o, re.S) for o in re.findall(r'<tr>(.*?)</tr>', table[0], re.S)]
     longest = lambda col: max(len(html.unescape(re.sub('<[^>]+>', '', o))) for o in col)
-    mins = iter([min(.47*longest(col)+1, 9 if len(rows[0])<3 else 12) for col in zip(*rows)])
+    mins = iter([min(.47*longest(col)+1, 8.5) for col in zip(*rows)])
     text = re.sub(r'<th>', lambda m: f'<th style="min-width:{next(mins):.1f}rem">', table[0])
     return re.sub(r'<td>.*?</td>', lambda m: _breakable(m[0]), text, flags=re.S)
 
 def mend(page):
-    "One rendered page: progress bars that were saved in the middle go, columns have a width, images in outputs have an alternative text"
+    "One rendered page: progress bars that were saved in the middle go, columns have a width, reports in outputs no title, images in outputs an alternative text"
     page = re.sub(r'<div class="sd-table">\n<table.*?</table>', widths, page, flags=re.S)
     page = re.sub(r'<style>\s*/\* Turns off some styling \*/.*?</style>', '', page, flags=re.S)
     page = re.sub(r'<div>\s*<progress.*?</div>', '', page, flags=re.S)
+    page = re.sub(r'<h1>(.*?)</h1>', r'<h3>\1</h3>', page)   # of reports in outputs: the page has its title
     return re.sub(r'<img(?![^>]*\balt=)', '<img alt="Image in the output of the code above"', page)
 
 def build(dst=docs, stage_to=proc):

@@ -92,7 +92,7 @@ def benchmarks():
     on = {}
     for k,m in ((k,o['machine']) for k,o in res.items()): on.setdefault(f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, torch {m['torch']}, {m['time'][:10]}, at {m['commit']}", []).append(k)
     start = f" To the first batch of an epoch with two workers it takes {res['growth']['raw']['worker_start_seconds']:.1f} s." if 'growth' in res else ''
-    return '\n'.join([*rows[1:], '', 'Measured on '+'; '.join(f"{m} ({', '.join(v)})" for m,v in on.items())+'.'+start, '', '![Plot: each ratio of the table as a dot with its range, and its target](images/bench.png)', '', '![Plot: how time and memory grow with the number of images, of files, of images in a batch, and of workers](images/growth.png)'])
+    return '\n'.join([*rows[1:], '', 'Measured on '+'; '.join(f"{m} ({', '.join(v)})" for m,v in on.items())+'.'+start, '', '![Each ratio of the tables above as a dot with its range, and its target](images/bench.png)', '', '![How time and memory grow with the number of images, of files, of images in a batch, and of workers](images/growth.png)'])
 
 def runs(folder, what='run'):
     "Accuracy in % by seed of the runs in `folder` of the benchmarks' results"
@@ -173,7 +173,7 @@ def measured_objectives():
         parts += ['', f"### {data_words.get(file.stem,file.stem)}", '', f"{r['steps']} steps of {r['bs']} labelled images, {n} seed{'s' if n>1 else ''}. The supervised baseline reached {with_error([o['accuracy'] for o in base.values()],'.2f')} %.", '',
             '| objective | alone | beside rotation, one turn |', '| --- | --- | --- |', *(f"| {objective_words.get(k,k)} | {cell(k)} | {other(k)} |" for k in alone)]
     if not parts: return 'Not measured yet: `python tests/benchmarks/objectives.py fashionwang`.'
-    return '\n'.join(['In brackets: points above the baseline of the same seed'+', ± the standard error over seeds' *any(' ± ' in o for o in parts)+'.', '', '![Plot: points of accuracy above the baseline for each objective, alone and beside rotation, a dot for each seed](images/objectives.png)', *parts])
+    return '\n'.join(['In brackets: points above the baseline of the same seed'+', ± the standard error over seeds' *any(' ± ' in o for o in parts)+'.', '', '![Points of accuracy above the baseline for each objective, alone and beside rotation, a dot for each seed](images/objectives.png)', *parts])
 
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
