@@ -221,7 +221,7 @@ mutants = [
     M('unlabeled', '[*self.learn.model.parameters(), *params], c.max_norm', '[*self.learn.model.parameters()], c.max_norm', 'test_matrix.py::test_gradient_clip'),
     M('unlabeled', 'if self._zero.grad is not None else []', '', 'test_matrix.py::test_cancelled_step'),
     M('unlabeled', '    for o in self.objectives if found else []: o.load_state_dict(found[o.name])', '    pass', 'test_matrix.py::test_lr_find'),
-    M('unlabeled', 'with preserved():   # views may draw', 'if True:', 'test_matrix.py::test_generators'),
+    M('unlabeled', 'with preserved(x.device):   # views may draw', 'if True:', 'test_matrix.py::test_generators'),
     M('unlabeled', '    if b is None: self._it,self.n_taken', '    if False: self._it,self.n_taken', 'test_backbones.py::test_unlabelled_loader_starts_over'),
     M('unlabeled', '    if grads: torch._foreach_div_(grads, num_distrib())', '    pass', 'test_distributed.py::test_gradients'),
     M('unlabeled', 'for step in [o for o in learn.cbs if isinstance(o, UnlabeledStep)]: learn.remove_cbs(step.companions)', 'pass', 'test_matrix.py::test_add_and_remove'),
