@@ -22,7 +22,7 @@ def test_every_public_name_has_an_entry(site):
     import sesemi_fastai.all as everything
     ours = {k for k in everything.__all__ if getattr(getattr(everything,k),'__module__','').startswith('sesemi_fastai')}
     assert ours and ours<=site[2].keys(), f'no entry: {ours-site[2].keys()}'
-    for o in ('PairedDataLoaders.from_folder','PairedDataLoaders.from_dls','Learner.fit_poly_warmup','NesterovSGD'): assert o in site[2]
+    for o in ('PairedDataLoaders.from_folder','PairedDataLoaders.from_dls','Learner.fit_poly_warmup','NesterovSGD'): assert o in site[2] and callable(site[2][o][1]) and check_site.doc_of(site[2][o][1]), o
 
 def test_every_page_is_in_the_sidebar(site):
     home = (site[0]/'index.html').read_text(encoding='utf-8')
