@@ -266,7 +266,7 @@ class ClipHeads(TransientCallback):
 class ShardStreams(TransientCallback):
     "Within `learn.distrib_ctx()`, each process takes its part of every batch; otherwise does nothing"
     order = 12
-    def _on(self): return num_distrib()>1 and hasattr(self.learn, 'distributed_trainer')
+    def _on(self): return hasattr(self.learn, 'distributed_trainer')   # of one process too, whose order and augmentation would else not be the stream's
     def before_fit(self):
         "Right after fastai wrapped the loaders; it unwraps them itself"
         if self._on(): self.learn.dls.loaders = shard_loaders(self.learn.dls.loaders)

@@ -2,19 +2,26 @@
 import json,os,subprocess,sys
 os.environ.setdefault('MPLBACKEND','Agg')
 os.environ.setdefault('OMP_NUM_THREADS','1')
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG',':4096:8')   # read at a process's first matrix product on a GPU, which may not be that of the test that needs it
 from pathlib import Path
 import numpy as np,pytest
 from PIL import Image
 
-def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: takes minutes; run with `make slow`')
+def has_gpu():
+    "Whether there is one; torch, which takes seconds, is imported by the tests themselves"
+    import torch
+    return torch.cuda.is_available()
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption('-m'): return
-    slow = [o for o in items if 'slow' in o.keywords]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [o for o in items if o not in slow]
+    "Without `-m`, tests that take minutes are left out, and those that need a GPU where there is none; with it the latter are skipped there"
+    no_gpu = any('cuda' in o.keywords for o in items) and not has_gpu()
+    if config.getoption('-m'):
+        for o in items:
+            if no_gpu and 'cuda' in o.keywords: o.add_marker(pytest.mark.skip(reason='there is no GPU'))
+        return
+    left_out = [o for o in items if 'slow' in o.keywords or (no_gpu and 'cuda' in o.keywords)]
+    if left_out: config.hook.pytest_deselected(items=left_out)
+    items[:] = [o for o in items if o not in left_out]
 
 @pytest.fixture(scope='session')
 def real_data():
@@ -35,7 +42,7 @@ def folder(tmp_path):
 @pytest.fixture(scope='session')
 def predict_alone():
     "What an exported Learner predicts for an image in a process that can't import this package; `check` is run there before that, or before it is loaded"
-    def f(export, image, check='', before=False):
+    def f(export, image, check='', before=False, **env):
         code = f"""
 import sys
 class Block:
@@ -48,7 +55,7 @@ learn = load_learner({str(export)!r})
 {'' if before else check}
 print([*map(float, learn.predict({str(image)!r})[2])])
 """
-        r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+        r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, env=os.environ|env)
         assert r.returncode==0, r.stderr
         return json.loads(r.stdout.strip().splitlines()[-1])
     return f

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from fastai.vision.all import Callback,ProgressCallback,noop,params
 import sesemi_fastai.checkpoint as checkpoint
-from sesemi_fastai.all import EMA,ResumeTraining,RunConfig,TrainingStopped
+from sesemi_fastai.all import EMA,ResumeTraining,RunConfig,TrainingStopped,deterministic_algorithms
 from sesemi_fastai.distributed import local_first,on_processes
 
 EPOCHS,STEPS = 2,5
@@ -62,6 +62,10 @@ def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnul
     torch.set_num_threads(1)
     multiprocessing.set_start_method('fork', force=True)   # for the loaders' workers: a fork server of their own would import everything again
     cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10_16', unlabeled_bs=4, steps=STEPS, lr=.05, backward=backward)|kw))
+    with deterministic_algorithms(cfg.deterministic): fit(cfg, out, moment, every, rank, pause, tune)
+
+def fit(cfg, out, moment, every, rank, pause, tune):
+    "The fit of `train`"
     dls = local_first(cfg.dls); learn = cfg.learner(dls)
     learn.remove_cb(ProgressCallback); learn.logger = noop
     objectives = cfg.objectives()

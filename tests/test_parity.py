@@ -13,34 +13,40 @@ T = STEPS*EPOCHS
 def reference_lr(t, b=.1, w=1e-3, W=T/8):
     return w+(b-w)*t/W if t<W else b*(1-(t-W)/(T-W))**.5
 
-def batches(seed=0):
+def batches(seed=0, device='cpu', b=B, size=SIZE):
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(4*B,3,SIZE,SIZE,generator=g), torch.randint(CLASSES,(4*B,),generator=g), torch.randn(B,3,SIZE,SIZE,generator=g)) for _ in range(T)]
+    made = [(torch.randn(4*b,3,size,size,generator=g), torch.randint(CLASSES,(4*b,),generator=g), torch.randn(b,3,size,size,generator=g)) for _ in range(T)]
+    return [tuple(o.to(device) for o in b) for b in made]
 
-def reference_loop(arch, state, head_state, data):
-    "The protocol: two forwards, labelled first, sum of the mean losses, torch's own Nesterov SGD on every parameter"
-    net,head = arch(num_classes=CLASSES),None
+def reference_loop(arch, state, head_state, data, half=None, overflow=(None,''), fused=True, lr=.1, **scaler):
+    "The protocol: two forwards, labelled first, sum of the mean losses, torch's own Nesterov SGD on every parameter; in autocast where `half` is a type, where gradients of `overflow`, a step and a parameter, become infinite"
+    net,head,device = arch(num_classes=CLASSES),None,data[0][0].device
     net.load_state_dict(state)
     head = nn.Linear(net.fc.in_features, 4); head.load_state_dict(head_state)
+    net,head = net.to(device),head.to(device)
     fc,net.fc = net.fc,nn.Identity()
     params = [*net.parameters(), *fc.parameters(), *head.parameters()]
-    opt = torch.optim.SGD(params, lr=1., momentum=.9, nesterov=True, weight_decay=5e-4, fused=True)
-    net.train(); lrs = []
+    opt = torch.optim.SGD(params, lr=1., momentum=.9, nesterov=True, weight_decay=5e-4, fused=fused)
+    scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16, **scaler)
+    net.train(); lrs,scales = [],[]
     for t,(x,y,u) in enumerate(data):
         views,targets = [],[]
         for image in u:
             for k in range(4):
                 views.append(torch.rot90(image, k, dims=(1,2))); targets.append(k)
-        loss = F.cross_entropy(fc(net(x)), y)
-        loss = loss+F.cross_entropy(head(net(torch.stack(views))), torch.tensor(targets))
-        opt.param_groups[0]['lr'] = reference_lr(t); lrs.append(reference_lr(t))
-        opt.zero_grad(); loss.backward(); opt.step()
+        with torch.autocast(device.type, half, enabled=half is not None):
+            loss = F.cross_entropy(fc(net(x)), y)
+            loss = loss+F.cross_entropy(head(net(torch.stack(views))), torch.tensor(targets, device=device))
+        opt.param_groups[0]['lr'] = reference_lr(t, lr); lrs.append(reference_lr(t, lr))
+        opt.zero_grad(); scaler.scale(loss).backward()
+        if t==overflow[0]: dict(body=net.conv1, head=head)[overflow[1]].weight.grad.fill_(torch.inf)
+        scaler.step(opt); scaler.update(); scales.append(scaler.get_scale())
     net.fc = fc
-    return net.state_dict(),head.state_dict(),lrs
+    return net.state_dict(),head.state_dict(),lrs,scales
 
 class FixedBatches:
     "A loader that gives the batches it was given, `STEPS` an epoch"
-    def __init__(self, batches, device='cpu'): self.batches,self.epoch,self.device = batches,0,torch.device(device)
+    def __init__(self, batches): self.batches,self.epoch,self.device = batches,0,batches[0][0].device if batches else torch.device('cpu')
     def __len__(self): return STEPS
     def __iter__(self):
         yield from self.batches[self.epoch*STEPS:(self.epoch+1)*STEPS]
@@ -52,27 +58,38 @@ class SetEpoch(Callback):
     def before_train(self):
         for o in self.dls.loaders: o.epoch = self.epoch
 
-@pytest.fixture(scope='module', params=[(resnet18,'joint'), (resnet18,'sequential'), (resnet50,'joint')], ids=['resnet18-joint','resnet18-sequential','resnet50-joint'])
-def both(request):
+class Scales(Callback):
+    "What the gradient scaler multiplies by after each step, and an overflow in one of them, between the backward pass and whoever looks at gradients first"
+    order = 9
+    def __init__(self, overflow=(None,'')): self.overflow,self.seen = overflow,[]
+    def before_step(self):
+        if self.train_iter==self.overflow[0]: dict(body=self.model.conv1, head=self.rotation.fit_heads['head'])[self.overflow[1]].weight.grad.fill_(torch.inf)
+    def after_batch(self):
+        if self.training and getattr(self.learn,'scaler',None): self.seen.append(self.learn.scaler.get_scale())
+
+def both_loops(arch, backward, data, cbs=(), overflow=(None,''), lr=.1, **kw):
+    "Weights, heads, rates and gradient scales of the plain loop, and of a Learner with `cbs` from the same ones; the start"
     torch.manual_seed(0)
-    (arch,backward),data = request.param,batches()
     model = arch(num_classes=CLASSES); state = copy.deepcopy(model.state_dict())
     head = nn.Linear(model.fc.in_features, 4)
     class Rotations(RotationPretext):
         def make_heads(self, n_features, n_out): return dict(head=copy.deepcopy(head))
-    cb = Rotations(backward=backward)
-    dls = DataLoaders(FixedBatches([o[:2] for o in data]), FixedBatches([]), FixedBatches([o[2:] for o in data]))
+    cb,scales = Rotations(backward=backward),Scales(overflow)
+    dls = DataLoaders(FixedBatches([o[:2] for o in data]), FixedBatches([]), FixedBatches([o[2:] for o in data]), device=data[0][0].device)
     learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=NesterovSGD, wd_bn_bias=True)
-    with learn.no_bar(), learn.no_logging(): learn.fit_poly_warmup(EPOCHS, .1, cbs=[SetEpoch(), cb])
-    return reference_loop(arch, state, head.state_dict(), data), (learn.model.state_dict(), cb.fit_heads['head'].state_dict(), learn.recorder.hps['lr'])
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly_warmup(EPOCHS, lr, cbs=[SetEpoch(), cb, scales, *cbs])
+    return reference_loop(arch, state, head.state_dict(), data, overflow=overflow, lr=lr, **kw), (learn.model.state_dict(), cb.fit_heads['head'].state_dict(), learn.recorder.hps['lr'], scales.seen), (state, head.state_dict())
+
+@pytest.fixture(scope='module', params=[(resnet18,'joint'), (resnet18,'sequential'), (resnet50,'joint')], ids=['resnet18-joint','resnet18-sequential','resnet50-joint'])
+def both(request): return both_loops(*request.param, batches())[:2]
 
 def worst(a, b): return max((x.double()-y.double()).abs().max().item() for x,y in zip(a.values(), b.values()))
 
 def test_weights_and_batchnorm_buffers(both):
-    (net,head,_),(got,got_head,_) = both
+    (net,head,*_),(got,got_head,*_) = both
     assert list(net)==list(got)
     print(worst(net, got), worst(head, got_head)); assert worst(net, got)==0. and worst(head, got_head)==0.
 
 def test_learning_rates(both):
-    (_,_,want),(_,_,got) = both
+    (_,_,want,_),(_,_,got,_) = both
     assert len(want)==len(got)==T and max(abs(a-b) for a,b in zip(want, got))<1e-12

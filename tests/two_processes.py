@@ -15,10 +15,10 @@ class Paint(Transform):
 class Label(Transform):
     def encodes(self, i:int): return i%2
 
-def data(bs, unlabeled_bs, seed=0, n_valid=8, **kw):
+def data(bs, unlabeled_bs, seed=0, n_valid=8, device='cpu', **kw):
     "30 labelled images and 26 unlabelled, which begin at 100"
     dsets = Datasets([*range(30), *range(50,50+n_valid)], [[Paint()],[Label()]], splits=[range(30), range(30,30+n_valid)])
-    dls = dsets.dataloaders(bs=bs, val_bs=3, num_workers=0, device='cpu')
+    dls = dsets.dataloaders(bs=bs, val_bs=3, num_workers=0, device=device)
     return PairedDataLoaders.from_dls(dls, range(100,126), unlabeled_bs=unlabeled_bs, seed=seed, **kw)
 
 def net():

@@ -8,14 +8,13 @@ from torchvision.models import resnet18,resnet50
 from fastai.vision.all import DataLoaders,Learner
 from sesemi_fastai.all import *
 from common import *
-from overhead import Ready
+from overhead import Ready,ready_batch
 
 archs = {o.__name__:o for o in (resnet10,resnet18,resnet50)}
 
-def learner(arch, size, ubs, backward, n=1, objectives=(RotationPretext,)):
-    torch.manual_seed(0)
-    x,y,u = torch.randn(4*ubs,3,size,size),torch.randint(10,(4*ubs,)),torch.randn(ubs,3,size,size)
-    dls = DataLoaders(Ready(n, x, y), Ready(0, x, y), Ready(n, u))
+def learner(arch, size, ubs, backward, n=1, objectives=(RotationPretext,), device='cpu'):
+    x,y,u = ready_batch(size, ubs, device)
+    dls = DataLoaders(Ready(n, x, y), Ready(0, x, y), Ready(n, u), device=device)
     return Learner(dls, archs[arch](num_classes=10), loss_func=nn.CrossEntropyLoss(), opt_func=NesterovSGD, cbs=[o(backward=backward) for o in objectives])
 
 def fit(learn):
@@ -24,6 +23,9 @@ def fit(learn):
 def allocated(learn):
     "Most bytes that the allocator had given out during a step, over those before it"
     fit(learn); learn.opt.zero_grad(); gc.collect()                     # momentum exists, gradients don't
+    if torch.device(learn.dls.device).type=='cuda':
+        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        fit(learn); return torch.cuda.max_memory_allocated()-before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: fit(learn)
     with tempfile.TemporaryDirectory() as d:
         prof.export_chrome_trace(f'{d}/trace.json')

@@ -8,14 +8,19 @@ from fastai.vision.all import DataLoaders,Learner,OptimWrapper
 from sesemi_fastai.all import *
 from sesemi_fastai.losses import class_probs,entropy_loss,pseudo_label_loss
 from common import *
-from step import Timed,train
+from step import Timed,train,wait
 
 class Ready:
     "Gives the same batch `n` times"
-    def __init__(self, n, *batch): self.n,self.batch,self.device = n,batch,torch.device('cpu')
+    def __init__(self, n, *batch): self.n,self.batch,self.device = n,batch,batch[0].device
     def __len__(self): return self.n
     def __iter__(self): return iter([self.batch]*self.n)
     def to(self, device): pass
+
+def ready_batch(size, ubs, device='cpu'):
+    "Labelled images and their classes, and a quarter as many unlabelled ones"
+    torch.manual_seed(0)
+    return [o.to(device) for o in (torch.randn(4*ubs,3,size,size), torch.randint(10,(4*ubs,)), torch.randn(ubs,3,size,size))]
 
 def bare(net, fc, head, opt, x, y, u, n):
     "The same step, by hand"
@@ -23,20 +28,20 @@ def bare(net, fc, head, opt, x, y, u, n):
     for _ in range(n):
         loss = F.cross_entropy(fc(net(x)), y)
         views = torch.stack([torch.rot90(u, k, (2,3)) for k in range(4)], 1).flatten(0,1)
-        loss = loss+F.cross_entropy(head(net(views)), torch.arange(4).repeat(len(u)))
+        loss = loss+F.cross_entropy(head(net(views)), torch.arange(4, device=u.device).repeat(len(u)))
         opt.zero_grad(); loss.backward(); opt.step()
+    wait()
     return time.perf_counter()-start
 
-def step_overhead(arch, size, ubs, n, pairs):
+def step_overhead(arch, size, ubs, n, pairs, device='cpu'):
     "`n` steps of each, in turn; few, so that both meet the same moods of the machine"
-    torch.manual_seed(0)
-    x,y,u = torch.randn(4*ubs,3,size,size),torch.randint(10,(4*ubs,)),torch.randn(ubs,3,size,size)
-    model = arch(num_classes=10)
+    x,y,u = ready_batch(size, ubs, device)
+    model = arch(num_classes=10).to(device)
     model.fc = nn.Sequential(nn.Dropout(.5), model.fc)
     net = copy.deepcopy(model); fc,net.fc = net.fc,nn.Identity()
-    head = nn.Linear(fc[1].in_features, 4)
+    head = nn.Linear(fc[1].in_features, 4).to(device)
     opt = torch.optim.SGD([*net.parameters(), *fc.parameters(), *head.parameters()], lr=.001, momentum=.9, nesterov=True, weight_decay=5e-4, foreach=True)
-    learn = Learner(DataLoaders(Ready(n, x, y), Ready(1, x, y), Ready(n, u)), model, loss_func=nn.CrossEntropyLoss(), opt_func=NesterovSGD, wd_bn_bias=True, cbs=[StepSeed(),RotationPretext(),Timed()])
+    learn = Learner(DataLoaders(Ready(n, x, y), Ready(1, x, y), Ready(n, u), device=device), model, loss_func=nn.CrossEntropyLoss(), opt_func=NesterovSGD, wd_bn_bias=True, cbs=[StepSeed(),RotationPretext(),Timed()])
     net.train()
     t = rounds(dict(bare=functools.partial(bare, net, fc, head, opt, x, y, u, n), ours=functools.partial(train, learn, .001)), pairs)
     what = f'{arch.__name__}, {size} px, {4*ubs}+4×{ubs} images'
@@ -65,7 +70,7 @@ def objectives_overhead(arch, size, ubs, n, pairs):
     head = nn.Linear(fc.in_features, 4)
     opt = torch.optim.SGD([*net.parameters(), *fc.parameters(), *head.parameters()], lr=.001, momentum=.9, nesterov=True, weight_decay=5e-4, fused=True)
     cbs = [StepSeed(),RotationPretext(),EntropyMin(.1),FixMatch(strong=strong),Timed()]
-    learn = Learner(DataLoaders(Ready(n, x, y), Ready(1, x, y), Ready(n, u)), model, loss_func=nn.CrossEntropyLoss(), opt_func=NesterovSGD, wd_bn_bias=True, cbs=cbs)
+    learn = Learner(DataLoaders(Ready(n, x, y), Ready(1, x, y), Ready(n, u), device='cpu'), model, loss_func=nn.CrossEntropyLoss(), opt_func=NesterovSGD, wd_bn_bias=True, cbs=cbs)
     net.train(); big = x if len(x)<=64 else x[:64]
     def step(): F.cross_entropy(fc(net(big)), y[:len(big)]).backward(); fc(net(big)).square().mean().backward()
     t = rounds(dict(bare=functools.partial(bare_three, net, fc, head, opt, strong, x, y, u, n), ours=functools.partial(train, learn, .001)), pairs)

@@ -6,11 +6,11 @@ from sesemi_fastai.all import *
 from common import *
 from plain import Labelled
 
-def loaders(root, size, bs, s, num_workers=0, n_pass=4):
+def loaders(root, size, bs, s, num_workers=0, n_pass=4, device='cpu'):
     "Labelled loaders of the plain loop and of both recipes, and how many images `n_pass` passes of each have, which are one epoch of ours"
-    ours = {k:PairedDataLoaders.from_folder(root, unlabeled='train', size=size, bs=bs, unlabeled_bs=max(1,bs//4), seed=0, recipe=k, num_workers=num_workers, cache=s.work/'cache', verbose=False, device='cpu').train for k in ('reference','fast')}
+    ours = {k:PairedDataLoaders.from_folder(root, unlabeled='train', size=size, bs=bs, unlabeled_bs=max(1,bs//4), seed=0, recipe=k, num_workers=num_workers, cache=s.work/'cache', verbose=False, device=device).train for k in ('reference','fast')}
     for o in ours.values(): o.n_steps = n_pass*(o.n//bs)
-    plain = DataLoader(Labelled(root, size), batch_size=bs, shuffle=True, drop_last=True, num_workers=num_workers)
+    plain = DataLoader(Labelled(root, size), batch_size=bs, shuffle=True, drop_last=True, num_workers=ours['fast'].fake_l.num_workers)
     return dict(plain=[plain]*n_pass, **{k:[o] for k,o in ours.items()}),n_pass*len(plain)*bs
 
 def passes(dls):

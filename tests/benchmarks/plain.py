@@ -40,13 +40,15 @@ def again(loader):
 
 class Loop:
     "The network, its optimizer and both streams; `run(n)` makes `n` steps from freshly started loaders"
-    def __init__(self, arch, root, files, size, unlabeled_bs, num_workers):
+    def __init__(self, arch, root, files, size, unlabeled_bs, num_workers, device='cpu'):
+        self.device = torch.device(device)
         lab,unl = Labelled(root, size),Rotated(files, size)
         kw = dict(shuffle=True, drop_last=True, num_workers=num_workers)
         self.labelled,self.unlabelled = DataLoader(lab, batch_size=4*unlabeled_bs, **kw),DataLoader(unl, batch_size=unlabeled_bs, **kw)
         self.net = arch()
         width,self.net.fc = self.net.fc.in_features,nn.Identity()
         self.fc,self.head = nn.Sequential(nn.Dropout(.5), nn.Linear(width, lab.n_classes)),nn.Linear(width, 4)
+        for o in (self.net, self.fc, self.head): o.to(self.device)
         self.opt = torch.optim.SGD([*self.net.parameters(), *self.fc.parameters(), *self.head.parameters()], lr=.01, momentum=.9, nesterov=True, weight_decay=5e-4)
         self.net.train()
 
@@ -57,4 +59,4 @@ class Loop:
         return loss.item()
 
     def run(self, n):
-        for (x,y),(views,targets),_ in zip(again(self.labelled), again(self.unlabelled), range(n)): self.step(x, y, views.flatten(0,1), targets.flatten())
+        for (x,y),(views,targets),_ in zip(again(self.labelled), again(self.unlabelled), range(n)): self.step(*(o.to(self.device) for o in (x, y, views.flatten(0,1), targets.flatten())))

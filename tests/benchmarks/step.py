@@ -7,15 +7,19 @@ from sesemi_fastai.all import *
 from common import *
 from plain import Loop
 
+def wait():
+    "Until a GPU has done what it was given"
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
+
 class Timed(Callback):
     "Seconds of the training part of each epoch; validation is left out"
     order = -100
-    def before_train(self): self.start = time.perf_counter()
-    def after_train(self): self.learn.train_seconds = time.perf_counter()-self.start
+    def before_train(self): wait(); self.start = time.perf_counter()
+    def after_train(self): wait(); self.learn.train_seconds = time.perf_counter()-self.start
     def before_validate(self): raise CancelValidException
 
-def learner(arch, root, size, ubs, steps, recipe, cache, num_workers=None):
-    dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=ubs, seed=0, n_steps=steps, recipe=recipe, cache=cache, num_workers=num_workers, verbose=False)
+def learner(arch, root, size, ubs, steps, recipe, cache, num_workers=None, device=None):
+    dls = PairedDataLoaders.from_folder(root, unlabeled='train', size=size, unlabeled_bs=ubs, seed=0, n_steps=steps, recipe=recipe, cache=cache, num_workers=num_workers, device=device, verbose=False)
     return sesemi_learner(dls, arch, cbs=[RotationPretext(),Timed()])
 
 def train(learn, lr=.01):
@@ -23,10 +27,10 @@ def train(learn, lr=.01):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, lr)
     return learn.train_seconds
 
-def arms(arch, root, size, ubs, steps, s, plain=(('plain',2),('alone',0)), num_workers=None):
+def arms(arch, root, size, ubs, steps, s, plain=(('plain',2),('alone',0)), num_workers=None, device=None):
     "The plain loop, by name and its workers, and both recipes, as they are by default: functions that make `steps` steps from freshly started loaders and say how long they took"
-    learns = {k:learner(arch, root, size, ubs, steps, k, s.work/'cache', num_workers) for k in ('reference','fast')}
-    loops = {k:Loop(arch, root, learns['fast'].dls.unlabeled.dataset.items, size, ubs, n) for k,n in plain}
+    learns = {k:learner(arch, root, size, ubs, steps, k, s.work/'cache', num_workers, device) for k in ('reference','fast')}
+    loops = {k:Loop(arch, root, learns['fast'].dls.unlabeled.dataset.items, size, ubs, n, device or 'cpu') for k,n in plain}
     return {k:functools.partial(o.run, steps) for k,o in loops.items()}|{k:functools.partial(train, o) for k,o in learns.items()}
 
 def run(s):
