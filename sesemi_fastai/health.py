@@ -37,7 +37,7 @@ class ObjectiveHealth:
         if outputs is None: return
         if outputs.requires_grad: outputs.register_hook(self._see_gradient)
         if labels is not None:
-            count = lambda i: F.one_hot(i.flatten().long(), outputs.shape[1]).sum(0)   # `bincount` waits for the device
+            count = lambda i: (i.flatten()[:,None]==torch.arange(outputs.shape[1], device=i.device)).sum(0)   # `bincount` waits for the device
             p,t = count(outputs.detach().argmax(1)),count(labels)
             self.predicted,self.labels = (p,t) if self.predicted is None else (self.predicted+p, self.labels+t)
 

@@ -336,7 +336,7 @@ mutants = [
     M('embedding', 'return [weak, self.strong_view]', 'return [self.strong_view, self.strong_view]', 'embedding'),
     M('embedding', 'F.cosine_similarity(a, b, dim=0)', 'F.cosine_similarity(a, b, dim=1)', 'embedding'),
     M('embedding', 'barlow_twins_loss(*z, lam=self.lam)', 'barlow_twins_loss(*z)', 'embedding'),
-    M('health', "F.one_hot(i.flatten().long(), outputs.shape[1]).sum(0)", "F.one_hot(i.flatten().long(), outputs.shape[1]).amax(0)", 'health'),
+    M('health', "device=i.device)).sum(0)", "device=i.device)).amax(0)", 'health'),
     M('health', "float(p[top])>.95 and float(t[top])<.8", "float(p[top])>.95", 'health'),
     M('health', "if self.steps<min_steps: return []", "if self.steps<1: return []", 'health'),
     M('health', "mean<o.chance+max", "mean<o.chance-max", 'health'),
