@@ -197,9 +197,9 @@ def train_run(
     folder = Path(folder)
     if (done := from_rank0(lambda: _earlier(cfg, folder, baseline, resume))): return done
     saver = ResumeTraining(folder/'resume', save_every, settings=cfg.settings(baseline), command=command)
-    with deterministic_algorithms(cfg.deterministic): return _train(cfg, folder, saver, baseline, plain, dls or cfg.dls())
+    with deterministic_algorithms(cfg.deterministic): return _train(cfg, folder, saver, baseline, plain, dls or cfg.dls(), later)
 
-def _train(cfg, folder, saver, baseline, plain, dls):
+def _train(cfg, folder, saver, baseline, plain, dls, later):
     "The run itself"
     first_process = not rank_distrib()
     for dl in (dls.train, dls.unlabeled): dl.epoch = 0
