@@ -1,7 +1,7 @@
 """What a GPU alone can tell, in under ten minutes on one card: `make gpu`, or `PYTHONPATH=. python tests/gpu.py`.
 The tests marked `cuda`, then `benchmarks/gpu.py`, each in processes of their own, so that one that crashes or hangs takes nothing else with it.
 Writes `tests/results/gpu.json`; without a GPU it says so and writes nothing. `--device cpu` runs the same on the CPU, to see that it runs."""
-import argparse,importlib.util,json,os,re,signal,subprocess,sys,tempfile,time
+import argparse,collections,importlib.util,json,os,re,signal,subprocess,sys,tempfile,threading,time
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
@@ -41,9 +41,15 @@ def run_tests(log, device):
     files = sorted(str(o) for o in here.glob('test_*.py') if o.name=='test_cuda.py' or 'mark.cuda' in o.read_text(encoding='utf-8'))
     return pytest.main([*files, '-q', '--disable-warnings', '-p', 'no:cacheprovider', f'--rootdir={here.parent}', *(['-m','cuda'] if device=='cuda' else [])], plugins=[Record(log, device)])
 
+printed = collections.deque(maxlen=300)   # lines of the processes, the last ones
+
+def show(lines):
+    for o in lines: print(o, end='', flush=True); printed.append(o)
+
 def watch(args, log, until, silence):
-    "A process in a group of its own, until it ends, or writes nothing for `silence` seconds, or time is up: whether it ended, and why not"
-    p = subprocess.Popen([sys.executable,'-W','ignore',*map(str, args)], cwd=here.parent, start_new_session=True)
+    "A process in a group of its own, until it ends, or writes nothing to `log` for `silence` seconds, or time is up; why it was ended, else None"
+    p = subprocess.Popen([sys.executable,'-W','ignore',*map(str, args)], cwd=here.parent, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    threading.Thread(target=show, args=(p.stdout,), daemon=True).start()
     try:
         last,n = time.time(),0
         while p.poll() is None:
@@ -54,11 +60,11 @@ def watch(args, log, until, silence):
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.wait()
 
-def all_tests(log, device, seconds):
+def all_tests(log, device, seconds, silence=150):
     "Outcomes of all tests; a process that breaks is followed by another for the rest"
     until,todo = time.time()+seconds,None
     for _ in range(8):
-        why = watch([__file__,'--worker',log.path,'--device',device], log, until, 150)
+        why = watch([__file__,'--worker',log.path,'--device',device], log, until, silence)
         lines = log.read()
         found,done = next((o['collected'] for o in reversed(lines) if 'collected' in o), []),{o['test'] for o in lines if 'test' in o}
         todo = [o for o in found if o not in done]
@@ -105,11 +111,13 @@ def main(args=None):
         lines = bench.read()
     sys.path.insert(0, str(here/'benchmarks'))
     from common import machine
+    bad = [o for o in tests if o['outcome'] not in ('passed','skipped')]
     res = dict(card=card() if a.device=='cuda' else dict(name='CPU'), machine=machine(), seconds=round(time.time()-start), tests=tests, rows=[r for o in lines for r in o.get('rows',[])],
-               errors=[o for o in lines if 'message' in o]+([dict(part='benchmark', message=why)] if why else []), parts={o['part']:o['seconds'] for o in lines if 'seconds' in o})
+               errors=[o for o in lines if 'message' in o]+([dict(part='benchmark', message=why)] if why else []), parts={o['part']:o['seconds'] for o in lines if 'seconds' in o},
+               output=list(printed) if bad or not tests else [])
     a.out.parent.mkdir(parents=True, exist_ok=True); a.out.write_text(json.dumps(res, indent=1))
     print(summary(res), f'Written to {a.out}', sep='\n')
     if a.out==here/'results/gpu.json' and importlib.util.find_spec('nbformat'): subprocess.run([sys.executable, here.parent/'tools/readme.py'], check=True)   # the table for the docs
-    return int(any(o['outcome'] not in ('passed','skipped') for o in tests) or not tests)
+    return int(bool(bad) or not tests)
 
 if __name__=='__main__': sys.exit(main())

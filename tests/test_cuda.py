@@ -70,8 +70,8 @@ class OnDevice(MixedPrecision):
         half = dict(fp16=torch.float16, bf16=torch.bfloat16)[self.amp_mode.value]
         self.autocast,self.learn.scaler = torch.autocast('cpu', half),torch.amp.GradScaler('cpu', **self.kwargs)
 
-@pytest.mark.parametrize('half,backward,where', [('bf16','joint','body'), ('bf16','sequential','body'), ('fp16','joint','body'), ('fp16','sequential','body'), ('fp16','joint','head'), ('fp16','sequential','head')])
-@slow_on_cpu
+halves = [('bf16','joint','body'), ('bf16','sequential','body'), ('fp16','joint','body'), ('fp16','sequential','body'), ('fp16','joint','head'), ('fp16','sequential','head')]
+@pytest.mark.parametrize('device,half,backward,where', [*(pytest.param('cuda', *o, marks=pytest.mark.cuda) for o in halves), *(pytest.param('cpu', *o, marks=pytest.mark.slow) for o in halves[:-1]), ('cpu',*halves[-1])])
 def test_half_precision_with_an_overflow(device, half, backward, where, record_property):
     "`to_fp16`, `to_bf16` with the fused optimizer: ten steps are those of a plain loop with torch's own autocast, scaler and for-loop optimizer; in float16 one step's gradients overflow, in the body or in the head alone, and it is skipped as a whole"
     scaler = dict(init_scale=2.**10, growth_interval=3)
@@ -238,7 +238,7 @@ def test_memory_of_sequential(device, record_property):
     peak = {k:memory.allocated(memory.learner('resnet50', size, ubs, k, device=device)) for k in ('joint','sequential')}
     record_property('peak, MB', {k:v/1e6 for k,v in peak.items()}); record_property('images', f'{4*ubs}+4×{ubs} of {size} px')
     record_property('ratio', peak['sequential']/peak['joint'])
-    assert peak['sequential']<=.6*peak['joint']
+    assert peak['sequential']<=(.6 if device=='cuda' else .75)*peak['joint']   # beside images this small the weights count
 
 def launches(f):
     "Kernels that `f` launches, by the profiler"

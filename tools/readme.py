@@ -94,6 +94,26 @@ def benchmarks():
     start = f" To the first batch of an epoch with two workers it takes {res['growth']['raw']['worker_start_seconds']:.1f} s." if 'growth' in res else ''
     return '\n'.join([*rows[1:], '', 'Measured on '+'; '.join(f"{m} ({', '.join(v)})" for m,v in on.items())+'.'+start, '', '![Each ratio of the tables above as a dot with its range, and its target](images/bench.png)', '', '![How time and memory grow with the number of images, of files, of images in a batch, and of workers](images/growth.png)'])
 
+def gpu():
+    "What `make gpu` found: figures, and what became of each test; a sentence where it hasn't been run"
+    file = root/'tests/results/gpu.json'
+    if not file.exists(): return 'No line of this library has been run on a GPU yet: `make gpu` does that, in under ten minutes on one, and writes these tables; see [several GPUs](howto/several_gpus.md#has-it-run-on-yours).'
+    res = json.loads(file.read_text(encoding='utf-8')); card,m = res['card'],res['machine']
+    num = lambda v,unit: (f'{v:.3g}' if v<1000 else f'{v:,.0f}')+f' {unit}'
+    rows = ['| figure | median | ratio | target |','| --- | --- | --- | --- |']
+    rows += [f"| {r['name']} | {num(r['value'], r['unit'])} | "+(f"{r['ratio']:.2f}× ({r['low']:.2f} to {r['high']:.2f})" if r['ratio'] else '')+' | '+(f"≤ {r['target']:.2f}× |" if r['target'] else '|') for r in res['rows']]
+    by = {}
+    for o in res['tests']: by.setdefault(re.search(r'::(\w+)', o['test'])[1], []).append(o)
+    def became(tests):
+        n = {}
+        for o in tests: k = o['outcome']+(f" ({o['message'].removeprefix('Skipped: ')})" if o['outcome']=='skipped' else ''); n[k] = n.get(k, 0)+1
+        return ', '.join(f'{v} {k}' for k,v in n.items())
+    about = {name:(what,rest) for what,rest,name,_ in rows_of(('cuda',))}
+    tests = ['| what | what is checked | cases | test |','| --- | --- | --- | --- |',*(f"| {' | '.join(' '.join(o.split()) for o in about.get(k, ('','')))} | {became(v)} | `{k}` |" for k,v in by.items())]
+    where = f"{card['name']}, {card.get('memory_gb')} GB, compute capability {card.get('capability')}, driver {card.get('driver')}, CUDA {card.get('cuda')}; {m['cores']} cores of {m['cpu']}; torch {m['torch']}, fastai {m['fastai']}, {m['time'][:10]}, at {m['commit']}"
+    wrong = ''.join(f"\n\n{o['part']}: {o['message']}" for o in res['errors'])
+    return '\n'.join([*rows, '', *tests, '', f'Measured on {where}.'])+wrong
+
 def runs(folder, what='run'):
     "Accuracy in % by seed of the runs in `folder` of the benchmarks' results"
     found = [json.loads(o.read_text(encoding='utf-8')) for o in sorted((results/folder).glob(f'{what}-*/results.json'))]
@@ -187,7 +207,7 @@ if __name__=='__main__':
         import figures
         figures.objectives()
     texts,(acc,said) = {},accuracies()
-    made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),f'{acc}\n\n{said}'],
+    made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
         'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}']}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)

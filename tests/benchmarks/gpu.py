@@ -1,5 +1,5 @@
 """Figures of one GPU, each part by itself and as soon as it is known: `tests/gpu.py` runs this, `--device cpu` only shows that it runs.
-A row has a median, its range, a unit, and where two things took turns the ratio of the first to the second."""
+A row has a median and a unit; where two things took turns also the ratio of the first to the second, and the range is that of the ratio."""
 import argparse,functools,json,shutil,statistics,sys,tempfile,time,traceback,warnings
 from pathlib import Path
 here = Path(__file__).parent
@@ -16,9 +16,10 @@ from sesemi_fastai.step import native_formats
 from common import *
 import memory,overhead,pipeline,step
 
-def row(name, values, unit, ratio=None):
-    "One figure"
-    return dict(name=name, value=statistics.median(values), low=min(values), high=max(values), n=len(values), unit=unit)|(ratio or {})
+def row(name, values, unit, over=None, target=None):
+    "One figure; `over` has as many values of what it took turns with"
+    rs = values if over is None else [a/b for a,b in zip(values, over)]
+    return dict(name=name, value=statistics.median(values), unit=unit, ratio=None if over is None else statistics.median(rs), low=min(rs), high=max(rs), n=len(values), target=target)
 
 class Case:
     "What fits on the device"
@@ -55,14 +56,14 @@ def network(c, work):
         kind = f"{'bfloat16, channels last' if native else 'float32'}: {c.what}"
         rows.append(row(f'images a second of the network, {kind}', [8*c.ubs/s for s in t['rotation']], '/s'))
         rows.append(row(f'a step without an objective, {kind}', t['without'], 's'))
-        rows += [row(f'a step with {k}, {kind}', t[k], 's', ratio(k, t[k], t['without'])|dict(name=f'a step with {w}, over one without, {kind}')) for k,w in (('rotation','RotationPretext'),('sequential',"RotationPretext(backward='sequential')"),('fixmatch','FixMatch and EMA'))]
+        rows += [row(f'a step with {w}, over one without, {kind}', t[k], 's', t['without']) for k,w in (('rotation','RotationPretext'),('sequential',"RotationPretext(backward='sequential')"),('fixmatch','FixMatch and EMA'))]
     return rows
 
 def loop(c, work):
     "Our overhead over the same step by hand"
     arch = c.arch if c.gpu else resnet10
-    r,_ = overhead.step_overhead(arch, c.size, c.ubs, 4 if c.gpu else 1, 3*c.rounds, c.device)
-    return [row(r['name'], [r['mine']], 's', r)]
+    r,raw = overhead.step_overhead(arch, c.size, c.ubs, n := 4 if c.gpu else 1, 3*c.rounds, c.device)
+    return [row(r['name'], [s/n for s in raw['seconds']['ours']], 's', [s/n for s in raw['seconds']['bare']], 1.03)]
 
 def data(c, work):
     "Images a second of decoding, of the cache, and of a plain loader, to the device"
@@ -86,13 +87,14 @@ def whole_step(c, work):
     workers = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os,'sched_getaffinity') else os.cpu_count()))
     t = rounds(step.arms(c.arch, root, c.size, ubs, steps, s, [('plain',workers if c.gpu else 0)], None if c.gpu else 0, c.device), c.rounds)
     what = f'{c.name}, {c.size} px, {4*ubs}+4×{ubs} images'
-    return [row(f'whole step with its data, {k} recipe: {what}', [v/steps for v in t[k]], 's', ratio(k, t[k], t['plain'])|dict(name=f'whole step with its data, {k} recipe, over the plain loop: {what}')) for k in ('reference','fast')]
+    per = {k:[s/steps for s in v] for k,v in t.items()}
+    return [row(f'whole step with its data, {k} recipe, over the plain loop: {what}', per[k], 's', per['plain']) for k in ('reference','fast')]
 
 def peak(c, work):
     "Peak memory of a step by the allocator"
     name,size = ('resnet50',224) if c.gpu else ('resnet10',32)
     p = {k:memory.allocated(memory.learner(name, size, c.ubs, k, device=c.device))/1e6 for k in ('joint','sequential')}
-    return [row(f'peak memory of a step, sequential over joint: {c.what}', [p['sequential']], 'MB', ratio('', [p['sequential']], [p['joint']], .6, 'MB')|dict(name=f'peak memory of a step, sequential over joint: {c.what}'))]
+    return [row(f'peak memory of a step, sequential over joint: {c.what}', [p['sequential']], 'MB', [p['joint']], .6)]
 
 def augmentation(c, work):
     "Milliseconds of the batch augmentation of 128 crops on the device"
@@ -117,7 +119,7 @@ def main():
         for part in parts:
             start = time.time()
             if start>a.until-30 and a.device=='cuda': add(part=part.__name__, message='not run: time was up'); continue
-            try: rows = part(Case(a.device), work); add(part=part.__name__, rows=rows, seconds=round(time.time()-start, 1)); print(*(f"{r['name']}: {r['value']:.4g} {r['unit']}"+(f", ratio {r['ratio']:.3f}" if 'ratio' in r else '') for r in rows), sep='\n', flush=True)
+            try: rows = part(Case(a.device), work); add(part=part.__name__, rows=rows, seconds=round(time.time()-start, 1)); print(*(f"{r['name']}: {r['value']:.4g} {r['unit']}"+(f", ratio {r['ratio']:.3f}" if r['ratio'] else '') for r in rows), sep='\n', flush=True)
             except Exception as e: traceback.print_exc(); add(part=part.__name__, message=f'{type(e).__name__}: {e}'[:2000], trace=traceback.format_exc()[-4000:])
             if a.device=='cuda': torch.cuda.empty_cache()
     finally: shutil.rmtree(work, ignore_errors=True)
