@@ -75,8 +75,11 @@ def open_a_cache(n):
 
 parts = {'find files':find, 'find classes and streams':split, 'look at heads':heads, 'begin a labelled epoch':begin_labelled, 'begin an unlabelled epoch':begin_unlabelled, 'pair with DataLoaders':pair, 'open a cache':open_a_cache}
 
-def run(s):
+def with_names(quick=False):
     "Seconds of each part at each number of files, the better of two; heads and real files by a part of them"
-    names = [dict(files=n, **{k:min(f(n) for _ in range(2)) for k,f in parts.items()}) for n in ((2_000,20_000) if s.quick else (10_000,100_000,1_000_000))]
-    a,b = names[-2:]
+    return [dict(files=n, **{k:min(f(n) for _ in range(2)) for k,f in parts.items()}) for n in ((2_000,20_000) if quick else (10_000,100_000,1_000_000))]
+
+def run(s):
+    "How the last tenfold of files compares with ten times the seconds"
+    names = with_names(s.quick); a,b = names[-2:]
     return [ratio(f"with {b['files']//a['files']}× the files, {b['files']:,}: {k}, over linear", [b[k]/(b['files']/a['files'])], [a[k]], None, 's') for k in parts],names
