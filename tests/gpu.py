@@ -1,5 +1,5 @@
 """What a GPU alone can tell, in under ten minutes on one card: `make gpu`, or `PYTHONPATH=. python tests/gpu.py`.
-The tests marked `cuda`, then `benchmarks/gpu.py`, each in processes of their own, so that one that crashes or hangs takes nothing else with it.
+The tests marked `cuda`, then `benchmarks/card.py`, each in processes of their own, so that one that crashes or hangs takes nothing else with it.
 Writes `tests/results/gpu.json`; without a GPU it says so and writes nothing. `--device cpu` runs the same on the CPU, to see that it runs."""
 import argparse,collections,importlib.util,json,os,re,signal,subprocess,sys,tempfile,threading,time
 from pathlib import Path
@@ -80,7 +80,7 @@ def card():
     smi = subprocess.run(['nvidia-smi','--query-gpu=driver_version,power.limit','--format=csv,noheader'], capture_output=True, text=True).stdout.strip().splitlines() if _found('nvidia-smi') else []
     p = torch.cuda.get_device_properties(0)
     return dict(name=p.name, capability=f'{p.major}.{p.minor}', memory_gb=round(p.total_memory/2**30,1), multiprocessors=p.multi_processor_count, count=torch.cuda.device_count(),
-                cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), nccl='.'.join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None, driver=smi and smi[0])
+                cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), nccl='.'.join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None, driver=smi[0] if smi else None)
 
 def _found(program): return any(os.access(os.path.join(o, program), os.X_OK) for o in os.environ.get('PATH','').split(os.pathsep))
 
@@ -107,7 +107,7 @@ def main(args=None):
     os.environ |= dict(MPLBACKEND='Agg', CUBLAS_WORKSPACE_CONFIG=os.environ.get('CUBLAS_WORKSPACE_CONFIG', ':4096:8'))
     with tempfile.TemporaryDirectory() as d:
         tests = all_tests(Log(f'{d}/tests'), a.device, (end-start)*.62)
-        bench = Log(f'{d}/bench'); why = watch([here/'benchmarks/gpu.py',bench.path,'--device',a.device,'--until',end-5], bench, end, 150)
+        bench = Log(f'{d}/bench'); why = watch([here/'benchmarks/card.py',bench.path,'--device',a.device,'--until',end-5], bench, end, 150)
         lines = bench.read()
     sys.path.insert(0, str(here/'benchmarks'))
     from common import machine

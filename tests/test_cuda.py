@@ -10,15 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18,resnet50
 from fastai.callback.all import ChannelsLast,MixedPrecision
 from fastai.callback.fp16 import AMPMode
-from fastai.vision.all import Callback,CancelFitException,CrossEntropyLossFlat,Learner,ProgressCallback,Recorder,SGD,accuracy,noop
+from fastai.vision.all import (Callback,CancelFitException,CrossEntropyLossFlat,DisplayedTransform,ImageDataLoaders,Learner,ProgressCallback,Recorder,Resize,SGD,
+    TensorImage,accuracy,aug_transforms,get_image_files,noop)
 from sesemi_fastai import transfer
 from sesemi_fastai.all import *
 from sesemi_fastai.augment import DevelopCrops
 from sesemi_fastai.run import train_run
+from sesemi_fastai.samples import sample_batch
 from devices import *
 from test_distributed import TORCHRUN
 from test_objectives import FirstGradients,family
-from test_objectives_matrix import net
+from test_objectives_matrix import net,pairs
 from test_parity import both_loops,batches
 from test_resume import processes,survive
 from two_processes import data,learner
@@ -153,13 +155,45 @@ def test_channels_last(device, folder, backward):
     x = torch.randn(2,3,8,8, device=device).to(memory_format=torch.channels_last)
     assert rotations(x)[0].is_contiguous(memory_format=torch.channels_last) and torch.equal(rotations(x)[0], rotations(x.contiguous())[0])
 
+@quick_on_cpu
+def test_images_are_transformed_in_full_precision(device, folder):
+    "`to_bf16` and transforms of batches: neither stream's images are made in low precision, though the unlabelled ones come when autocast has begun"
+    seen = []
+    class Noted(DisplayedTransform):
+        order = 200
+        def encodes(self, x:TensorImage): seen.append((torch.is_autocast_enabled(device), x.dtype)); return x
+    dls = paired(folder, device, n_steps=2)
+    for dl in (dls.train, dls.unlabeled): dl.after_batch.add(Noted())
+    class In(Callback):
+        def after_pred(self): self.learn.low = torch.is_autocast_enabled(device)
+    learn = quiet(sesemi_learner(dls, tiny, cbs=[(MixedPrecision if device=='cuda' else OnDevice)(amp_mode=AMPMode.BF16), In()])); del seen[:]
+    class Stop(Callback):
+        def after_train(self): raise CancelFitException
+    learn.fit(1, .01, cbs=[RotationPretext(), Stop()])
+    assert learn.low and len(seen)>=4 and set(seen)=={(False,torch.float32)}
+
 # that it can be repeated
+
+@quick_on_cpu
+def test_generators_stay(device, folder):
+    "batch transforms and objectives that draw on the device: pairing, the looks before the first step, a fit and a look afterwards leave torch's generators, the device's too, where they were"
+    own = ImageDataLoaders.from_folder(folder, train='train', valid='val', item_tfms=Resize(32), batch_tfms=aug_transforms(), bs=8, num_workers=0, device=torch.device(device))
+    learn = quiet(Learner(own, tiny(num_classes=3), loss_func=CrossEntropyLossFlat(), opt_func=SGD)); learn.create_opt()
+    state = lambda: [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device=='cuda' else [])]
+    before = state()
+    learn.dls = PairedDataLoaders.from_dls(own, get_image_files(folder/'unsup'), unlabeled_bs=4, seed=0, n_steps=2)
+    assert all(map(torch.equal, before, state()))
+    class Stop(Callback):
+        def after_train(self): raise CancelFitException   # validation isn't ours
+    learn.fit(1, .01, cbs=[JigsawPretext(grid=2), FixMatch(threshold=.3), Stop()])
+    sample_batch(learn.dls.unlabeled)
+    assert all(map(torch.equal, before, state()))
 
 @slow_on_cpu
 def test_a_killed_run_ends_as_if_it_had_not_been(device, processes, folder, tmp_path):
-    "exact resume with `deterministic`: killed in a step, in validation and while a checkpoint is written, in bfloat16 with averages, two objectives, the fast recipe and workers: the end is bitwise that of a run that was never stopped"
+    "exact resume with `deterministic`: killed in a step and while a checkpoint is written, in bfloat16 with averages, two objectives, the fast recipe and workers: the end is bitwise that of a run that was never stopped"
     kw = dict(num_workers=2, recipe='fast', cache='none', bf16=True, deterministic=True, objective='rotation+fixmatch(threshold=.4)', ema=.9)
-    survive(processes, folder, tmp_path, [('after_loss',7),('validation',1),('writing',4)], kw, every=1, backward='sequential')
+    survive(processes, folder, tmp_path, [('after_loss',7),('writing',4)], kw, every=1, backward='sequential')
 
 @slow_on_cpu
 def test_twice_the_same(device, folder, tmp_path):
@@ -170,7 +204,7 @@ def test_twice_the_same(device, folder, tmp_path):
 
 @quick_on_cpu
 def test_resume_knows_the_algorithms(device, folder, tmp_path):
-    "a fit that was begun with deterministic algorithms isn't continued without them, and the difference is named"
+    "deterministic algorithms: a fit that was begun with them isn't continued without, and the difference is named"
     class Late(Callback):
         order = ProgressCallback.order   # where callbacks stand that change no result
         def before_batch(self):
@@ -185,7 +219,7 @@ def test_resume_knows_the_algorithms(device, folder, tmp_path):
 
 @gpu_alone
 def test_asked_too_late(device):
-    "a process that computed on the GPU without `CUBLAS_WORKSPACE_CONFIG` is told to start with it"
+    "deterministic algorithms, too late: a process that computed on the GPU without `CUBLAS_WORKSPACE_CONFIG` is told to start with it"
     code = """
 import torch
 from sesemi_fastai.all import deterministic_algorithms
@@ -209,8 +243,7 @@ class Again(Callback):
     def after_batch(self): torch.cuda.set_sync_debug_mode('error' if self.iter+1<self.n_iter else 'default')
     def after_train(self): raise CancelFitException
 
-@pytest.mark.parametrize('backward', ['joint','sequential'])
-@pytest.mark.parametrize('name', family)
+@pairs()
 @gpu_alone
 def test_nobody_waits(device, folder, name, backward):
     "each objective, `EMA`, the fused optimizer and the fast recipe's augmentation of both streams: no step waits for the GPU, by CUDA's own account"
@@ -280,7 +313,7 @@ def test_memory_that_ran_out_is_torchs_own(folder):
 @gpu_alone
 def test_out_of_memory(device, record_property):
     "a step that doesn't fit into what this process may take of the GPU: the same, and what was taken is free again"
-    size,ubs = 128,8
+    size,ubs = 128,16   # activations many times the weights
     def step(backward): memory.fit(memory.learner('resnet18', size, ubs, backward, device=device))
     step('joint'); gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); step('joint'); gc.collect()
     most,before = torch.cuda.max_memory_reserved(),torch.cuda.memory_allocated()
@@ -302,7 +335,7 @@ def test_export_loads_without_a_gpu(device, folder, tmp_path, predict_alone):
     learn.fit(1, .01, cbs=[RotationPretext(), FixMatch(threshold=.4), EMA(.9)]); learn.export()
     file = learn.dls.valid.items[0]
     with learn.no_bar(): want = learn.predict(file)[2]
-    assert predict_alone(tmp_path/'export.pkl', file, CUDA_VISIBLE_DEVICES='')==pytest.approx(want.tolist(), abs=.02)
+    assert predict_alone(tmp_path/'export.pkl', file, CUDA_VISIBLE_DEVICES='')==pytest.approx(want.tolist(), abs=.05)   # in float32, where the GPU computed in bfloat16
 
 @pytest.mark.parametrize('n', [1,2])
 @slow_on_cpu

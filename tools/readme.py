@@ -101,7 +101,7 @@ def gpu():
     res = json.loads(file.read_text(encoding='utf-8')); card,m = res['card'],res['machine']
     num = lambda v,unit: (f'{v:.3g}' if v<1000 else f'{v:,.0f}')+f' {unit}'
     rows = ['| figure | median | ratio | target |','| --- | --- | --- | --- |']
-    rows += [f"| {r['name']} | {num(r['value'], r['unit'])} | "+(f"{r['ratio']:.2f}× ({r['low']:.2f} to {r['high']:.2f})" if r['ratio'] else '')+' | '+(f"≤ {r['target']:.2f}× |" if r['target'] else '|') for r in res['rows']]
+    rows += [f"| {r['name']} | {num(r['value'], r['unit'])} | "+(f"{r['ratio']:.2f}×"+(f" ({r['low']:.2f} to {r['high']:.2f})" if r['n']>1 else '') if r['ratio'] else '')+' | '+(f"≤ {r['target']:.2f}× |" if r['target'] else '|') for r in res['rows']]
     by = {}
     for o in res['tests']: by.setdefault(re.search(r'::(\w+)', o['test'])[1], []).append(o)
     def became(tests):
