@@ -86,15 +86,13 @@ def row_costs(
     return dict(bf16=bf16, passes=passes, images=images, cores=images/loader_speed[recipe], joint=step_memory(counts, 'joint', bf16), sequential=step_memory(counts, 'sequential', bf16), hours=hours, dollars=hours*card.price)
 
 # %% ../nbs/14a_costs.ipynb #80753f38
-def _table(head, rows): return '\n'.join(f"| {' | '.join(o)} |" for o in (head, ['---']*len(head), *rows))
-
 def work_table()->str: # Markdown
     "For each size of the leaderboard, what an image pass takes, and the memory of a step in GB"
     rows = []
     for size,crop in row_crop.items():
         c = training_counts(size=crop)
         rows.append([f'{size}',f'{crop} px',f"{c['flops']/1e9:.1f}",f"{c['activations']/1e6:.0f}",*(f'{step_memory(c, b, h):.1f}' for h in (False,True) for b in step_images)])
-    return _table(['size','crop','10⁹ operations an image pass','activations an image, MB','joint, float32','sequential, float32','joint, bfloat16','sequential, bfloat16'], rows)
+    return markdown_table(['size','crop','10⁹ operations an image pass','activations an image, MB','joint, float32','sequential, float32','joint, bfloat16','sequential, bfloat16'], rows)
 
 def speed_table(
     recipe:str # 'reference' or 'fast'
@@ -103,7 +101,7 @@ def speed_table(
     def one(size, card):
         r = row_costs(size, 5, card, recipe); text = f"{r['passes']:,.0f} / {r['images']:,.0f} / {r['cores']:.1f}"
         return text if r['joint']<=card.memory else f'({text})'
-    return _table(['card','precision',*(f'{o} px' for o in row_crop)], [[c.name,'bfloat16' if row_costs(128, 5, c, recipe)['bf16'] else 'TF32' if c.bf16 else 'float32',*(one(o, c) for o in row_crop)] for c in gpu_cards])
+    return markdown_table(['card','precision',*(f'{o} px' for o in row_crop)], [[c.name,'bfloat16' if row_costs(128, 5, c, recipe)['bf16'] else 'TF32' if c.bf16 else 'float32',*(one(o, c) for o in row_crop)] for c in gpu_cards])
 
 def _hours(h): return f'{h:.2f} h' if h<1 else f'{h:.1f} h' if h<10 else f'{h:,.0f} h'
 def _dollars(d): return f'${d:.2f}' if d<10 else f'${d:,.0f}'
@@ -116,7 +114,7 @@ def money_table(
     def one(cell, card):
         r = row_costs(*cell, card, recipe, runs)
         return f"{_hours(r['hours'])}, {_dollars(r['dollars'])}"
-    return _table(['size','epochs',*(f'{c.name} (${c.price:.2f}/h)' for c in gpu_cards)], [[f'{s}',f'{e}',*(one((s,e), c) for c in gpu_cards)] for s,e in imagewang_rows])
+    return markdown_table(['size','epochs',*(f'{c.name} (${c.price:.2f}/h)' for c in gpu_cards)], [[f'{s}',f'{e}',*(one((s,e), c) for c in gpu_cards)] for s,e in imagewang_rows])
 
 # %% ../nbs/14a_costs.ipynb #386d0f59
 _published = [   # card, in bfloat16 or float16, images a second
@@ -132,4 +130,4 @@ def published_rows()->list: # Of card, precision, source, estimated and publishe
 
 def published_table()->str: # Markdown
     "The same as a table"
-    return _table(['card','precision','published by','published, images a second','estimate','estimate / published'], [[c,p,who,f'{n:,}',f'{e:,.0f}',f'{e/n:.2f}'] for c,p,who,e,n in published_rows()])
+    return markdown_table(['card','precision','published by','published, images a second','estimate','estimate / published'], [[c,p,who,f'{n:,}',f'{e:,.0f}',f'{e/n:.2f}'] for c,p,who,e,n in published_rows()])

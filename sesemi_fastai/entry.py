@@ -115,7 +115,7 @@ def _log(o, most=12):
     rows = sorted({*range(0, n, -(-n//most)), n-1})
     say = lambda k,v: '–' if math.isnan(v) else f'{v:.0f}' if k=='epoch' else f'{v:.4f}'
     head = f"**{o.path.name}**: seed {r['seed']}, {r['accuracy']:.2f} %, {r['steps']:,} steps, {r['image_passes']:,} image passes, {r['seconds']:,.0f} s"+('' if len(rows)==n else f'; {len(rows)} of {n} epochs')
-    return '\n'.join([head, '', f"| {' | '.join(h)} |", '|'+' --- |'*len(h), *(f"| {' | '.join(say(k, v[i]) for k,v in h.items())} |" for i in rows)])
+    return f'{head}\n\n'+markdown_table([*h], [[say(k, v[i]) for k,v in h.items()] for i in rows])
 
 def entry_text(
     out:Path, # Folder of the runs
@@ -123,14 +123,14 @@ def entry_text(
     link:str=None # Address of the code; by default the repository's, at the commit of the runs
 )->str: # Markdown
     "The text of a pull request: the row, the address of the code, how the rules were kept, what is missing, the log"
-    rs = [o.results for o in read_runs(out)]
+    runs = read_runs(out); rs = [o.results for o in runs]
     link = link or code_link(rs, repository_address())
     text = leaderboard(out, link).strip(); r = rs[0]
     parts = [f"# Imagewang: {_row_size(r)} px, {r['epochs']} epochs, {run_name(r)}", text,
              f"Code: {link or 'its address at an exact commit is missing, see below'}", f"Command: `{command}`", f"Versions: {', '.join(f'{k} {v}' for k,v in r['versions'].items())}",
              '## Rules', '\n'.join(f'- {o}' for o in _kept(r))]
     if missing := _missing(out, rs, link): parts += ['## Before it is sent', '\n'.join(f'- {o}' for o in missing)]
-    return '\n\n'.join([*parts, '## Log', *map(_log, read_runs(out))])+'\n'
+    return '\n\n'.join([*parts, '## Log', *map(_log, runs)])+'\n'
 
 # %% ../nbs/16b_entry.ipynb #a3de5971
 @delegates(sesemi_imagewang, but=list(_refused))
@@ -150,7 +150,8 @@ def sesemi_leaderboard(
     command = command_line(sesemi_leaderboard, mine)
     out = imagewang_runs(opts, lambda _: command, partial(check_row, runs=runs))
     if rank_distrib(): return
-    write_report(out, link or code_link([o.results for o in read_runs(out)], repository_address()))
+    link = link or code_link([o.results for o in read_runs(out)], repository_address())
+    write_report(out, link)
     text = entry_text(out, command, link)
     (out/'pull_request.md').write_text(text, encoding='utf-8')
     print(f'\n{text}\nFor the pull request: {out}/pull_request.md; report.html, weights and histories beside it')

@@ -1,5 +1,5 @@
 "Shared by all tests: no display, one thread, and real images where `SESEMI_TEST_DATA` names their folder"
-import json,os,subprocess,sys
+import json,multiprocessing,os,subprocess,sys
 os.environ.setdefault('MPLBACKEND','Agg')
 os.environ.setdefault('OMP_NUM_THREADS','1')
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG',':4096:8')   # read at a process's first matrix product on a GPU, which may not be that of the test that needs it
@@ -22,6 +22,15 @@ def pytest_collection_modifyitems(config, items):
     left_out = [o for o in items if 'slow' in o.keywords or (no_gpu and 'cuda' in o.keywords)]
     if left_out: config.hook.pytest_deselected(items=left_out)
     items[:] = [o for o in items if o not in left_out]
+
+@pytest.fixture(scope='session')
+def processes():
+    "Processes by fork from one that has imported everything and has run nothing"
+    here = Path(__file__).parent
+    os.environ['PYTHONPATH'] = os.pathsep.join(map(str, filter(None, (here, here.parent, os.environ.get('PYTHONPATH')))))   # the server doesn't inherit sys.path
+    ctx = multiprocessing.get_context('forkserver')   # of which Python has one: a second list would be ignored
+    ctx.set_forkserver_preload(['killed','nbdev.test'])
+    return ctx
 
 @pytest.fixture(scope='session')
 def real_data():

@@ -22,7 +22,7 @@ from test_distributed import TORCHRUN
 from test_objectives import FirstGradients,family
 from test_objectives_matrix import net,pairs
 from test_parity import both_loops,batches
-from test_resume import processes,survive
+from test_resume import survive
 from two_processes import data,learner
 sys.path.insert(0, str(Path(__file__).parent/'benchmarks'))
 import memory

@@ -7,12 +7,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from types import SimpleNamespace
-import numpy as np
 from fastai.vision.all import Callback,CancelFitException,CrossEntropyLossFlat,Learner,ProgressCallback,imagenet_stats,noop
 from fastai.callback.all import GradientAccumulation,GradientClip
 import sesemi_fastai
 from sesemi_fastai.all import EMA,EntropyMin,FixMatch,NesterovSGD,RotationPretext,StepSeed,StrongAugment,UnlabeledObjective
-from sesemi_fastai.augment import Crop,DevelopCrops
+from sesemi_fastai.augment import DevelopCrops
 from sesemi_fastai.features import find_feature_layer
 from sesemi_fastai.health import ObjectiveHealth
 from sesemi_fastai.objective import BoundBatch
@@ -97,12 +96,6 @@ class Copies(TorchDispatchMode):
             self.lines.append(f and f'{f.f_code.co_filename[len(own)+1:]}:{f.f_lineno}')
         return res
 
-def on_fake_gpu(f):
-    "The result of `f` with tensors that say they are on a GPU and have no values; fails where one is needed, and where a copy is waited for"
-    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as c: res = f()
-    assert c.lines==[]
-    return res
-
 def images(n=6): return torch.empty(n, 3, 32, 32, device='cuda')
 def mirrored(x): return x.flip(3)   # fastai's classes of images can't be fake
 
@@ -123,27 +116,22 @@ def step_of(o):
 def test_losses_on_a_fake_gpu(name):
     "Views, heads, losses, thresholds and shares of two steps, and what watches over them"
     o = seen(name); health = ObjectiveHealth(o)
-    def f():
-        batch = step_of(o)
-        def step():
-            bound = BoundBatch(batch, o); loss,figure = o.loss(bound)
-            health.add(loss, figure, None if bound.outputs is None else bound.outputs.detach(), torch.empty(4, device='cuda', dtype=torch.long))
-            return loss,figure
-        with torch.no_grad(): step()
-        with Copies() as c, torch.no_grad(): res = step()   # the first makes what is kept
-        assert c.lines==[]
-        return res
-    with FakeTensorMode(allow_non_fake_inputs=True): loss,figure = f()
-    assert loss.device.type==figure.device.type=='cuda'
+    def step(batch):
+        bound = BoundBatch(batch, o); loss,figure = o.loss(bound)
+        health.add(loss, figure, None if bound.outputs is None else bound.outputs.detach(), torch.empty(4, device='cuda', dtype=torch.long))
+        return loss,figure
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        batch = step_of(o); step(batch)   # the first makes what is kept
+        with Copies() as c: loss,figure = step(batch)
+    assert c.lines==[] and loss.device.type==figure.device.type=='cuda'
 
 def test_crops_on_a_fake_gpu():
     "The batch augmentation: one small copy, of the table, that isn't waited for"
-    crops = [Crop(np.zeros((20+i,30,3), np.uint8), 1.2, i%2) for i in range(4)]
-    bytes_ = torch.cat([torch.from_numpy(o.pixels.ravel()) for o in crops])
-    def f():
+    table = [(20+i,30,1.2,i%2) for i in range(4)]
+    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as c:
         dev = DevelopCrops(torch.zeros(1,3,1,1, device='cuda'), torch.ones(1,3,1,1, device='cuda'), size=16)
-        return dev.at_once(torch.empty(bytes_.shape, dtype=torch.uint8, device='cuda'), [(*o.pixels.shape[:2], o.gamma, o.flip) for o in crops])
-    assert on_fake_gpu(f).device.type=='cuda'
+        res = dev.at_once(torch.empty(sum(3*h*w for h,w,*_ in table), dtype=torch.uint8, device='cuda'), table)
+    assert c.lines==[] and res.device.type=='cuda'
 
 def test_strong_views_on_no_device(monkeypatch):
     "On `meta`, which has no values either, but takes fastai's classes, and which autocast doesn't know"

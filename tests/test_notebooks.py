@@ -6,8 +6,6 @@ from nbdev.test import test_nb as run_notebook
 from fastai.torch_core import set_seed
 
 nbs = sorted((Path(__file__).parent.parent/'nbs').glob('*.ipynb'))
-processes = multiprocessing.get_context('forkserver')   # forks of a process that has only imported
-processes.set_forkserver_preload(['nbdev.test','fastai.vision.all','sesemi_fastai.all'])
 
 def run(path, log):
     "In the new process: exit status 0 where all cells ran; what was printed is in `log`"
@@ -17,7 +15,7 @@ def run(path, log):
     os._exit(not run_notebook(path)[0])
 
 @pytest.mark.parametrize('path', nbs, ids=lambda o: o.stem)
-def test_notebook(path, tmp_path):
+def test_notebook(processes, path, tmp_path):
     p = processes.Process(target=run, args=(path, tmp_path/'log'))
     p.start(); p.join()
     assert p.exitcode==0, (tmp_path/'log').read_text()[-3000:]

@@ -5,7 +5,7 @@ import pytest,torch
 import torch.nn.functional as F
 from torch import nn
 from test_objectives import family
-from test_resume import free_port,processes
+from test_resume import free_port
 import two_objectives
 from two_objectives import net
 

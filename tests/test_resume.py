@@ -1,5 +1,5 @@
 "A run that is killed, at any moment, ends as the run that was never stopped: bitwise"
-import itertools,json,multiprocessing,multiprocessing.connection,os,random,shlex,shutil,signal,socket,subprocess,sys,time
+import itertools,json,multiprocessing.connection,os,random,shlex,shutil,signal,socket,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
 from torch import nn
@@ -10,15 +10,6 @@ from sesemi_fastai.checkpoint import unpack_state,write_checkpoint
 from sesemi_fastai.imagewang import imagewang_command
 sys.path.insert(0, str(Path(__file__).parent))
 import killed
-
-@pytest.fixture(scope='module')
-def processes():
-    "Processes by fork from one that has imported everything and has run nothing"
-    here = Path(__file__).parent
-    os.environ['PYTHONPATH'] = os.pathsep.join(map(str, filter(None, (here, here.parent, os.environ.get('PYTHONPATH')))))   # the server doesn't inherit sys.path
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['killed'])
-    return ctx
 
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]

@@ -79,11 +79,12 @@ def bench(*parts):
 
 bench_titles = dict(step='Time', pipeline='Time', overhead='Time', memory='Memory', growth='Growth', names='Growth')
 
+def num(v, unit): return f'{v:.3g}\u00a0{unit}' if v<1000 else f'{v:,.0f}\u00a0{unit}'
+
 def benchmarks():
     "The ratios of the last `make bench`, and what they were measured on"
     res = bench('step','pipeline','overhead','memory','growth','names')
     if not res: return 'Not run yet: `make bench`.'
-    num = lambda v,unit: f'{v:.3g}\u00a0{unit}' if v<1000 else f'{v:,.0f}\u00a0{unit}'
     head,rows,before = ['','| figure | ratio | pairs | ours | other | target |','| --- | --- | --- | --- | --- | --- |'],[],None
     for title,r in ((bench_titles[k],r) for k,o in res.items() for r in o['rows']):
         if title!=before: rows += ['',f'### {title}',*head]; before = title
@@ -99,7 +100,6 @@ def gpu():
     file = root/'tests/results/gpu.json'
     if not file.exists(): return 'No line of this library has been run on a GPU yet: `make gpu` does that, in under ten minutes on one, and writes these tables; see [several GPUs](howto/several_gpus.md#has-it-run-on-yours).'
     res = json.loads(file.read_text(encoding='utf-8')); card,m = res['card'],res['machine']
-    num = lambda v,unit: (f'{v:.3g}' if v<1000 else f'{v:,.0f}')+f' {unit}'
     rows = ['| figure | median | ratio | target |','| --- | --- | --- | --- |']
     rows += [f"| {r['name']} | {num(r['value'], r['unit'])} | "+(f"{r['ratio']:.2f}×"+(f" ({r['low']:.2f} to {r['high']:.2f})" if r['n']>1 else '') if r['ratio'] else '')+' | '+(f"≤ {r['target']:.2f}× |" if r['target'] else '|') for r in res['rows']]
     by = {}

@@ -1,6 +1,6 @@
 """Figures of one GPU, each part by itself and as soon as it is known: `tests/gpu.py` runs this, `--device cpu` only shows that it runs.
 A row has a median and a unit; where two things took turns also the ratio of the first to the second, and the range is that of the ratio."""
-import argparse,functools,json,shutil,statistics,sys,tempfile,time,traceback,warnings
+import argparse,functools,shutil,statistics,sys,tempfile,time,traceback,warnings
 from pathlib import Path
 here = Path(__file__).parent
 sys.path[:0] = [str(here),str(here.parent),str(here.parent.parent)]
@@ -14,6 +14,7 @@ from sesemi_fastai.all import *
 from sesemi_fastai.augment import DevelopCrops
 from sesemi_fastai.step import native_formats
 from common import *
+from gpu import Log
 import memory,overhead,pipeline,step
 
 def row(name, values, unit, over=None, target=None):
@@ -112,9 +113,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('out', type=Path); p.add_argument('--device', default='cuda'); p.add_argument('--until', type=float, default=float('inf'))
     a = p.parse_args()
-    def add(**line):
-        with open(a.out, 'a') as f: f.write(json.dumps(line)+'\n')
-    work = Path(tempfile.mkdtemp())
+    add,work = Log(a.out).add,Path(tempfile.mkdtemp())
     try:
         for part in parts:
             start = time.time()
