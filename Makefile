@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 PYTHON_GPU ?=
 
-.PHONY: demo test slow kills mutants bench gpu prepare readme site tutorials clean
+.PHONY: demo test slow kills mutants bench recipes gpu prepare readme site tutorials clean
 # One thread: for a network this small a second one gains little, and where another program has the second core it only waits, at ten times the time
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning $(BIN)/sesemi_imagewang --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -27,6 +27,10 @@ mutants: $(VENV)/.installed
 # How fast it is, against a plain loop; writes tests/benchmarks/results/bench. On a quiet machine; real images from SESEMI_TEST_DATA
 bench: $(VENV)/.installed
 	$(BIN)/python -W ignore tests/benchmarks/run.py $(BENCH)
+
+# What the parts of a recipe give at equal image passes, in hours; each run is kept as it ends. Needs Imagewang in SESEMI_TEST_DATA
+recipes: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/benchmarks/recipes.py $(RECIPES)
 
 # What a GPU alone can tell, in under ten minutes on one: writes tests/results/gpu.json, and its table. Real images from SESEMI_TEST_DATA.
 # `make gpu PYTHON_GPU=python3` installs nothing: that Python has torch, torchvision, fastai and what they need, and pytest

@@ -15,7 +15,7 @@ from .transient import *
 from .features import *
 
 # %% ../nbs/06a_batchnorm.ipynb #d31f5bfe
-bn_policies = ('update','batch','running')
+bn_policies = ('update','batch','running')   # Whose statistics normalise a pass, and whether they move the running averages, see `bn_policy`
 
 def batchnorms(
     model:nn.Module, # Any

@@ -89,7 +89,7 @@ def run_command(
         leave(128+getattr(e,'signal',2), _sentence(e) if str(e) else 'interrupted before anything was finished; the same command starts again.')
     except (ValueError, OSError, ImportError, MemoryError) as e: leave(2, _sentence(e))
 
-imagewang_words = dict(leaderboard='entry:sesemi_leaderboard')   # a folder of this name is ./leaderboard
+imagewang_words = dict(leaderboard='entry:sesemi_leaderboard')   # First words of `sesemi_imagewang` that call another command; a folder of that name is ./leaderboard
 
 def start_imagewang():
     "The command `sesemi_imagewang`"

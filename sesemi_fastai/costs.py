@@ -45,7 +45,7 @@ def step_memory(
 
 # %% ../nbs/14a_costs.ipynb #e7de57ac
 Card = namedtuple('Card', 'name memory fp32 bf16 bandwidth price')   # GB; 10¹² operations a second in float32 and in bfloat16, or None; GB a second; dollars an hour
-gpu_cards = [
+gpu_cards = [   # Peak rates of data sheets, with sparsity left out, and prices of rented machines
     Card('T4',       16,   8.1, None,  320, .53),  # NVIDIA T4 data sheet; AWS g4dn.xlarge
     Card('V100',     16,  15.7, None,  900, 3.06), # NVIDIA V100 data sheet, SXM2; AWS p3.2xlarge
     Card('A10G',     24,  35.,   70.,  600, 1.01), # NVIDIA A10G data sheet: TF32, BF16; AWS g5.xlarge

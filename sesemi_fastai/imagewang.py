@@ -26,7 +26,7 @@ from .command import *
 
 # %% ../nbs/16_imagewang.ipynb #834f177c
 _urls = dict(imagewang=URLs.IMAGEWANG, imagewang_320=URLs.IMAGEWANG_320, imagewang_160=URLs.IMAGEWANG_160)
-_defaults = dict(size=224, epochs=80, arch='resnet50', unlabeled_bs=32)
+_defaults = dict(size=224, epochs=80, unlabeled_bs=32)
 _sample_defaults = dict(labels_per_class=2, size=28, epochs=4, arch='resnet10_32', unlabeled_bs=64, recipe='gentle', opt='adamw', schedule='cosine', dropout=0., objective='fixmatch(threshold=.8, bn=batch)', val_in_pool=False)   # chosen on seed 0
 
 def get_data(
@@ -87,7 +87,7 @@ def run_plan(
     if bad: lines.append(f"Bad        {len(bad)} images can't be read and are left out: "+', '.join(f'{printable(p)} ({w})' for p,w in bad[:5])+', …'*(len(bad)>5))
     lines += [_image_words(cfg, dls),
               f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {training_formats(learn)}",
-              f"Optimizer  {cfg.opt}, learning rate up to {cfg.lr:g}, schedule {cfg.schedule}",
+              f"Optimizer  {cfg.opt}, learning rate up to {cfg.lr:g}, schedule {cfg.schedule}{extras_words(asdict(cfg))}",
               f"A step     {bs} labelled images and {ubs} unlabelled{f', over {cfg.processes} processes' if cfg.processes>1 else ''}; {objective_words(asdict(cfg))}, {per_image:.3g} passes for each unlabelled image",
               f"A run      {cfg.epochs} epochs of {n:,} steps = {total:,} steps, {passes(False)} image passes{f' ({passes(True)} of a baseline)' if baseline else ''}; each labelled image is seen {total*bs/c['labeled']:,.0f} times",
               f"Runs       {runs}{', each with a supervised baseline of as many steps' if baseline else ''}, from seed {cfg.seed}",
@@ -146,24 +146,27 @@ def sesemi_imagewang(
     data:str='sample', # sample, imagewang, imagewang_320, imagewang_160, a folder, or an archive; `leaderboard` before it trains a row of fastai's leaderboard, with options of its own
     size:int=None, # Side of the training crop in pixels [224; sample 28]
     epochs:int=None, # Passes over the unlabelled images [80; sample 4]
-    arch:str=None, # resnet10, resnet10_WIDTH, a classifier of torchvision, or timm:NAME [resnet50; sample resnet10_32]
+    arch:str=None, # resnet10, resnet10_WIDTH, a classifier of torchvision, an xresnet of fastai such as xresnet18 or xresnet18_mish, or timm:NAME [resnet50; best xresnet50_mish; sample resnet10_32]
     unlabeled_bs:int=None, # Unlabelled images a step [32; sample 64]
-    bs:int=None, # Labelled images a step [four times the unlabelled ones, or as many as there are]
+    bs:int=None, # Labelled images a step [four times the unlabelled ones, best as many; or as many as there are]
     labels_per_class:int=None, # Labelled images of each class, the first by name; the others are in the unlabelled pool [all; sample 2]
     runs:int=None, # Runs, with seeds that follow each other [1; sample 2]
     seed:int=0, # Seed of the first run
     lr:float=None, # Highest learning rate [0.1; adamw 0.003, ranger 0.008]
     warmup_epochs:float=None, # Epochs of warm-up [the smaller of 10 and an eighth of the epochs]
-    opt:str=None, # nesterov, adamw or ranger [nesterov; sample adamw]
-    schedule:str=None, # poly or cosine, after a warm-up, or flat_cos, which has none [poly; sample cosine]
-    dropout:float=None, # Rate before the classifier [0.5; sample 0]
-    recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32 [reference; sample gentle]
+    opt:str=None, # nesterov, adamw or ranger [nesterov; best ranger; sample adamw]
+    schedule:str=None, # poly or cosine, after a warm-up, or flat_cos, which has none [poly; best flat_cos; sample cosine]
+    dropout:float=None, # Rate before the classifier [0.5; best and sample 0]
+    label_smoothing:float=None, # Share of the target that all classes have in common [0; best 0.1]
+    mixup:float=None, # Mix labelled images, by a parameter such as 0.2 [0, for none]
+    progressive:float=None, # Share of the training in which images grow from half their side [0, for none]
+    recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32; best: fast with fastai's own network, optimizer and label smoothing [reference; sample gentle]
     cache:str=None, # Folder for decoded images of the fast recipe, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     deterministic:bool=False, # The same bits each time on a GPU too, at some cost in time
-    objective:str=None, # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)' [rotation; sample 'fixmatch(threshold=.8,bn=batch)']
+    objective:str=None, # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)' [rotation; best 'rotation(views=one)'; sample 'fixmatch(threshold=.8,bn=batch)']
     ema:float=None, # Average the weights with this decay, such as 0.999, those of baselines too, and validate the averages [none]
     backward:str='joint', # joint, or sequential: in about half the memory
     num_workers:int=None, # Worker processes; changes no result
@@ -202,7 +205,7 @@ def imagewang_runs(
 
 def _config(args):
     "Options as a `RunConfig`; raises for what can be known to be wrong before anything is read, fetched or made"
-    data,given = args['data'],{k:args[k] for k in ('size','epochs','arch','unlabeled_bs','bs','labels_per_class','lr','warmup_epochs','opt','schedule','dropout','recipe','objective','steps','num_workers','cache','bn_groups') if args[k] is not None}
+    data,given = args['data'],{k:args[k] for k in ('size','epochs','arch','unlabeled_bs','bs','labels_per_class','lr','warmup_epochs','opt','schedule','dropout','label_smoothing','mixup','progressive','recipe','objective','steps','num_workers','cache','bn_groups') if args[k] is not None}
     same = {k:args[k] for k in ('seed','ema','bf16','backward','exclude','on_bad_image','deterministic')}
     if args['resume'] and not args['out']: raise ValueError("--resume needs --out: name the folder of the runs to go on with.")
     if args['no_val']: given['val_in_pool'] = False

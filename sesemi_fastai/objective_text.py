@@ -13,7 +13,7 @@ from .prediction import *
 from .embedding import *
 
 # %% ../nbs/13b_objective_text.ipynb #065f56f7
-named_objectives = {o.name:o for o in (RotationPretext,JigsawPretext,EntropyMin,PseudoLabel,PiModel,MeanTeacher,VAT,FixMatch,BarlowTwins)}
+named_objectives = {o.name:o for o in (RotationPretext,JigsawPretext,EntropyMin,PseudoLabel,PiModel,MeanTeacher,VAT,FixMatch,BarlowTwins)}   # By the name that they have in text and in columns
 
 # %% ../nbs/13b_objective_text.ipynb #3fbe9f86
 def _value(node):

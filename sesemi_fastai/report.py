@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagewang_rows', 'imagewang_images', 'row_crop', 'imagewang_classes', 'markdown_table', 'read_csv', 'RunFolder',
            'read_runs', 'unfinished_runs', 'mean_std', 'run_name', 'leaderboard_row', 'difference_interval',
-           'difference_words', 'leaderboard', 'objective_words', 'passes_words', 'class_names']
+           'difference_words', 'leaderboard', 'objective_words', 'extras_words', 'passes_words', 'class_names']
 
 # %% ../nbs/12_report.ipynb #fa039a23
 from fastai.vision.all import *
@@ -102,11 +102,10 @@ def leaderboard_row(
     return f"|{size}|{r['epochs']}|{f'[{name}]({link})' if link else name}|{m:.2f}%{'' if s is None else f' &pm; {s:.2f}'}|{len(results)}{'' if s is None else ',mean&pm;std'}|"
 
 # %% ../nbs/12_report.ipynb #a54b93b3
-# Accuracy in percent of the row that stands in each cell, (size in pixels, epochs), of fastai's Imagewang leaderboard in November 2026
-imagewang_rows = {(128,5):72.94, (128,20):72.18, (128,80):69.53, (128,200):66.04,
+imagewang_rows = {(128,5):72.94, (128,20):72.18, (128,80):69.53, (128,200):66.04,   # Accuracy in percent of the row in each cell, (size in pixels, epochs), of fastai's Imagewang leaderboard in November 2026
                   (192,5):77.07, (192,20):77.81, (192,80):74.90, (192,200):71.77,
                   (256,5):79.56, (256,20):79.20, (256,80):78.41, (256,200):79.27}
-imagewang_images = dict(labeled=1275, unsup=7750, valid=3929)   # of the ten classes, without labels, and for validation
+imagewang_images = dict(labeled=1275, unsup=7750, valid=3929)   # Images of the ten classes, without labels, and for validation
 row_crop = {128:128, 192:192, 256:224}   # Side of the training crop, in pixels, by the size of the row
 
 # %% ../nbs/12_report.ipynb #0d45159a
@@ -144,7 +143,7 @@ def difference_words(
             +("The interval includes 0: these runs don't show that unlabelled images made a difference." if low<=0<=high else f"The interval excludes 0: unlabelled images {'helped' if diff>0 else 'hurt'} here."))
 
 # %% ../nbs/12_report.ipynb #ce80c39c
-_same = ('size','epochs','steps','arch','recipe','val_in_pool','dataset','objective','ema','lr','warmup_epochs','unlabeled_bs','bf16','bn_groups','bs','labels_per_class','dropout','opt','schedule')
+_same = ('size','epochs','steps','arch','recipe','val_in_pool','dataset','objective','ema','lr','warmup_epochs','unlabeled_bs','bf16','bn_groups','bs','labels_per_class','dropout','opt','schedule','label_smoothing','mixup','progressive')
 
 def leaderboard(
     out:Path, # Folder that holds the runs
@@ -154,10 +153,10 @@ def leaderboard(
     runs,baselines = ([o.results for o in read_runs(out, kind)] for kind in ('run','baseline'))
     lack = unfinished_runs(out)
     if not runs: raise ValueError(f"{printable(out)} holds no finished run (run-*/results.json){''.join(f'; {k}: {v}' for k,v in lack.items())}: train first, or name the folder of earlier runs.")
-    if differ := [k for k in _same if len({str(o.get(k)) for o in runs})>1]: raise ValueError(f"{printable(out)} holds runs of different settings ({', '.join(differ)}), which have no common mean: report them from folders of their own.")
+    if differ := [k for k in _same if len({str(o.get(k) or None) for o in runs})>1]: raise ValueError(f"{printable(out)} holds runs of different settings ({', '.join(differ)}), which have no common mean: report them from folders of their own.")
     r,acc = runs[0],{o['seed']:o['accuracy'] for o in baselines}
     lines = ['|Size (px)|Epochs|Code|Accuracy|# Runs|','|--|--|--|--|--|',leaderboard_row(runs, link),'',
-             f"Data: {printable(r['dataset'])}{_few_labels(r)}; {r['arch']} on {r['size']} px; recipe {r['recipe']}; {objective_words(r)}; {r['steps']:,} steps{passes_words(runs, baselines)} a run; val {'in' if r['val_in_pool'] else 'not in'} the unlabelled pool; top-1 after the last epoch.",'',
+             f"Data: {printable(r['dataset'])}{_few_labels(r)}; {r['arch']} on {r['size']} px; recipe {r['recipe']}{extras_words(r)}; {objective_words(r)}; {r['steps']:,} steps{passes_words(runs, baselines)} a run; val {'in' if r['val_in_pool'] else 'not in'} the unlabelled pool; top-1 after the last epoch.",'',
              f'|Seed|{run_name(r)}|supervised baseline|Difference|','|--|--|--|--|']
     for o in runs:
         t = acc.get(o['seed'])
@@ -176,13 +175,20 @@ def objective_words(
     "What is asked of unlabelled images, in words"
     return f"objective {r.get('objective') or 'rotation'}"+(f", weights averaged (EMA {r['ema']:g})" if r.get('ema') else '')
 
+def extras_words(
+    r:dict # `results.json` of a run
+)->str: # '' where it has none
+    "What a run has beside the published training, in words"
+    words = dict(label_smoothing='label smoothing {:g}', mixup='MixUp {:g}', progressive='images that grow for {:.0%} of the steps')
+    return ''.join(', '+w.format(r[k]) for k,w in words.items() if r.get(k))
+
 def passes_words(runs, baselines):
     "Image passes of a run, and of a baseline, where they are known"
     n,m = (next((o['image_passes'] for o in rs if 'image_passes' in o), None) for rs in (runs,baselines))
     return '' if n is None else f" and {n:,} image passes"+('' if m is None else f" ({m:,} of the baseline)")
 
 # %% ../nbs/12_report.ipynb #9fd0e613
-imagewang_classes = dict(n02086240='Shih-Tzu', n02087394='Rhodesian ridgeback', n02088364='Beagle', n02089973='English foxhound', n02093754='Border terrier',
+imagewang_classes = dict(n02086240='Shih-Tzu', n02087394='Rhodesian ridgeback', n02088364='Beagle', n02089973='English foxhound', n02093754='Border terrier',   # Breeds of the ten classes by their WordNet ids
                          n02096294='Australian terrier', n02099601='Golden retriever', n02105641='Old English sheepdog', n02111889='Samoyed', n02115641='Dingo')
 
 def class_names(

@@ -39,21 +39,24 @@ class RunConfig:
     dataset:str                 # What to call it in reports
     size:int=224                # Side of the training crop, in pixels
     epochs:int=80               # Passes over the unlabelled pool
-    arch:str='resnet50'         # See `get_arch`
+    arch:str=None               # See `get_arch`; this and what else is None here is by default what the recipe says
     unlabeled_bs:int=32         # Unlabelled images a step
     bs:int=None                 # Labelled images a step; by default four times the unlabelled ones, or as many as there are
     labels_per_class:int=None   # Labelled images of each class, the first by name; all by default
-    dropout:float=.5            # Rate before the classifier
-    opt:str='nesterov'          # See `get_opt_func`
-    schedule:str='poly'         # 'poly' and 'cosine' warm up, 'flat_cos' is fastai's, flat for 72 %
+    dropout:float=None          # Rate before the classifier
+    opt:str=None                # See `get_opt_func`
+    schedule:str=None           # 'poly' and 'cosine' warm up, 'flat_cos' is fastai's, flat for 72 %
+    label_smoothing:float=None  # Share of the target that all classes have in common
+    mixup:float=None            # Parameter of `MixUp` of labelled images, 0 for none
+    progressive:float=None      # Share of the training in which images grow, see `ProgressiveResize`, 0 for none
     seed:int=0                  # Of weights, order, augmentation and dropout
     lr:float=None               # Highest learning rate; by default what `opt` usually has, .1 for 'nesterov'
     warmup_epochs:float=None    # By default the smaller of 10 and an eighth of `epochs`
-    recipe:str='reference'      # Augmentation
+    recipe:str='reference'      # See `recipes`
     val_in_pool:bool=True       # Whether validation images are among the unlabelled ones
     steps:int=None              # Steps an epoch, for trials; one pass by default
     bf16:bool=False             # bfloat16 autocast
-    objective:str='rotation'    # What is asked of unlabelled images, see `parse_objectives`
+    objective:str=None          # What is asked of unlabelled images, see `parse_objectives`
     ema:float=None              # Decay of averaged weights, see `EMA`; of the baseline too; none by default
     backward:str='joint'        # Of the objectives: 'joint' or 'sequential'
     num_workers:int=None        # Worker processes; changes no result
@@ -67,15 +70,19 @@ class RunConfig:
         "Raises `ValueError` for a setting that can't be, before anything is read or made"
         for k,least in dict(size=1, epochs=1, unlabeled_bs=1, seed=0, steps=1, num_workers=0, bn_groups=1, bs=1, labels_per_class=1).items():
             if (v := getattr(self, k)) is not None and v<least: raise ValueError(f"{k}={v} must be {least} or more.")
+        for k,v in get_recipe(self.recipe, self.size).training.items():
+            if getattr(self, k) is None: setattr(self, k, v)
         if self.lr is None: self.lr = get_opt_func(self.opt)[1]
         if not (math.isfinite(self.lr) and self.lr>0): raise ValueError(f"lr={self.lr} must be above 0 and finite, such as 0.1.")
         if self.warmup_epochs is not None and not 0<=self.warmup_epochs<=self.epochs: raise ValueError(f"warmup_epochs={self.warmup_epochs} must be between 0 and epochs={self.epochs}.")
-        if not 0<=self.dropout<1: raise ValueError(f"dropout={self.dropout} must be from 0 to below 1, such as 0.5.")
+        for k,eg in dict(dropout=.5, label_smoothing=.1, progressive=.5).items():
+            if not 0<=(v := getattr(self, k))<1: raise ValueError(f"{k}={v} must be from 0 to below 1, such as {eg}.")
+        if not 0<=self.mixup<math.inf: raise ValueError(f"mixup={self.mixup} must be 0, for none, or more, such as 0.2.")
         if self.schedule=='flat_cos' and self.warmup_epochs is not None: raise ValueError(f"schedule='flat_cos' has no warm-up: leave warmup_epochs={self.warmup_epochs} out.")
         if self.ema is not None and not 0<self.ema<1: raise ValueError(f"ema={self.ema} must be between 0 and 1, such as 0.999.")
         for k,known in dict(backward=('joint','sequential'), on_bad_image=('error','skip'), schedule=('poly','cosine','flat_cos')).items():
             if (v := getattr(self, k)) not in known: raise ValueError(f"{k}={v!r} isn't known: use {', '.join(known[:-1])} or {known[-1]}.")
-        get_recipe(self.recipe, self.size); get_arch(self.arch); get_opt_func(self.opt)
+        get_arch(self.arch); get_opt_func(self.opt)
         self.objective = objective_text(parse_objectives(self.objective)); self.objectives()
 
     def objectives(self):
@@ -110,7 +117,8 @@ class RunConfig:
 
     def settings(self, baseline=False):
         "What makes it the same run, wherever its files are"
-        return {k:v for k,v in asdict(self).items() if k not in ('data','dataset','num_workers','cache') and (k!='deterministic' or v)}|dict(baseline=baseline)   # that one is absent where off, as before there was the setting
+        late = 'deterministic','label_smoothing','mixup','progressive'   # absent where off, as before there were these settings
+        return {k:v for k,v in asdict(self).items() if k not in ('data','dataset','num_workers','cache') and (k not in late or v)}|dict(baseline=baseline)
 
     def learner(self, dls):
         "Its Learner, with weights drawn from the seed"
@@ -118,7 +126,7 @@ class RunConfig:
         if groups!=1 and groups%self.processes: raise ValueError(f"bn_groups={groups} can't be shared by {self.processes} processes: use 1, for all together, or a multiple of their number.")
         if groups<self.processes and not torch.cuda.is_available(): raise ValueError(f"bn_groups=1 in {self.processes} processes needs a GPU for each: use {self.processes} groups or more.")
         with seeded(random_key(self.seed, 'weights')):
-            return sesemi_learner(dls, get_arch(self.arch), self.dropout, get_opt_func(self.opt)[0], metrics=accuracy, bn_groups=max(1, groups//self.processes), cbs=BFloat16() if self.bf16 else None)
+            return sesemi_learner(dls, get_arch(self.arch), self.dropout, get_opt_func(self.opt)[0], self.label_smoothing, self.mixup, self.progressive, metrics=accuracy, bn_groups=max(1, groups//self.processes), cbs=BFloat16() if self.bf16 else None)
 
 # %% ../nbs/14_run.ipynb #62e5306e
 def _commit():

@@ -79,7 +79,7 @@ def plot_run(
 
 # %% ../nbs/12b_run_report.ipynb #6f2d3660
 _settings = dict(dataset='Data', objective='Objectives', ema='EMA', arch='Network', size='Image size, px', epochs='Epochs', steps='Steps', bs='Labelled images a step', unlabeled_bs='Unlabelled images a step', image_passes='Image passes',
-    labels_per_class='Labels of each class', opt='Optimizer', schedule='Schedule', dropout='Dropout', lr='Highest learning rate', warmup_epochs='Warm-up, epochs', recipe='Recipe', bf16='bfloat16', backward='Backward', bn_groups='BatchNorm groups', val_in_pool='val in the pool', processes='Processes', counts='Images', commit='Commit', versions='Versions')
+    labels_per_class='Labels of each class', opt='Optimizer', schedule='Schedule', dropout='Dropout', label_smoothing='Label smoothing', mixup='MixUp', progressive='Progressive resizing', lr='Highest learning rate', warmup_epochs='Warm-up, epochs', recipe='Recipe', bf16='bfloat16', backward='Backward', bn_groups='BatchNorm groups', val_in_pool='val in the pool', processes='Processes', counts='Images', commit='Commit', versions='Versions')
 
 def _say(v): return '–' if v is None else 'yes' if v is True else 'no' if v is False else f'{v:,}' if isinstance(v, int) else ', '.join(f'{k} {_say(o)}' for k,o in v.items()) if isinstance(v, dict) else str(v)
 

@@ -203,7 +203,9 @@ def next_images(self:UnlabeledStep)->Tensor: # `(B,C,H,W)`
         if b is None: self._it,self.n_taken = iter(unlabeled_dl(self.learn)),0; b = next(self._it, None)
     if b is None: raise ValueError("The unlabelled loader gave no batch: it needs at least unlabeled_bs images.")
     self.n_taken += 1
-    return (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor).to(device)
+    x = (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor).to(device)
+    grow = getattr(self.learn,'progressive_resize',None)
+    return x if grow is None else grow.resized(x)
 
 @patch
 def new_batch(self:UnlabeledStep, x)->UnlabeledBatch:

@@ -96,34 +96,41 @@ class Copies(TorchDispatchMode):
             self.lines.append(f and f'{f.f_code.co_filename[len(own)+1:]}:{f.f_lineno}')
         return res
 
-def images(n=6): return torch.empty(n, 3, 32, 32, device='cuda')
+def no_autocast(monkeypatch):
+    "`meta` is a device that it doesn't know"
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda *args: False)
+
+def images(device): return torch.empty(6, 3, 32, 32, device=device)
 def mirrored(x): return x.flip(3)   # fastai's classes of images can't be fake
 
-def seen(name):
+def seen(name, device):
     "An objective that knows its data"
     *_,o = sorted(family[name](), key=lambda o: isinstance(o, UnlabeledObjective))
     object.__setattr__(o, '_learn', SimpleNamespace(dls=SimpleNamespace(train=SimpleNamespace(dataset=SimpleNamespace(tls=[[0,1,1]])), vocab=['a','b'])))
     if hasattr(o,'strong_view'): o.strong_view = mirrored
-    o.kept = o.make_kept('single', 2, torch.device('cuda'))
+    o.kept = o.make_kept('single', 2, torch.device(device))
     return o
 
-def step_of(o):
-    "Its heads and state beside a model, all made on the fake GPU, and a step's batch"
-    with torch.device('cuda'): model,o.fit_heads = net(True),nn.ModuleDict(o.make_heads(16, 2))
-    return UnlabeledBatch(images(), feature_pass(model, find_feature_layer(model, images())), differentiated={(v,o.bn,o.backward):{'classes','features'} for v in o.views()}, teacher=model)
+def step_of(o, device):
+    "Its heads and state beside a model, all made on `device`, and a step's batch"
+    with torch.device(device): model,o.fit_heads = net(True),nn.ModuleDict(o.make_heads(16, 2))
+    return UnlabeledBatch(images(device), feature_pass(model, find_feature_layer(model, images(device))), differentiated={(v,o.bn,o.backward):{'classes','features'} for v in o.views()}, teacher=model)
 
-@pytest.mark.parametrize('name', [o for o in family if o!='vat'])   # VAT differentiates within its view, which fake tensors can't
-def test_losses_on_a_fake_gpu(name):
+# VAT differentiates within its view, which fake tensors can't without CUDA, and `meta` can
+@pytest.mark.parametrize('name,device', [(o,'meta' if o=='vat' else 'cuda') for o in family])
+def test_losses_on_a_fake_gpu(name, device, monkeypatch):
     "Views, heads, losses, thresholds and shares of two steps, and what watches over them"
-    o = seen(name); health = ObjectiveHealth(o)
+    if device=='meta': no_autocast(monkeypatch)
+    o = seen(name, device); health = ObjectiveHealth(o)
     def step(batch):
         bound = BoundBatch(batch, o); loss,figure = o.loss(bound)
-        health.add(loss, figure, None if bound.outputs is None else bound.outputs.detach(), torch.empty(4, device='cuda', dtype=torch.long))
+        health.add(loss, figure, None if bound.outputs is None else bound.outputs.detach(), torch.empty(4, device=device, dtype=torch.long))
         return loss,figure
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        batch = step_of(o); step(batch)   # the first makes what is kept
+    with FakeTensorMode(allow_non_fake_inputs=True) if device=='cuda' else nullcontext(), torch.no_grad():
+        batch = step_of(o, device); step(batch)   # the first makes what is kept
         with Copies() as c: loss,figure = step(batch)
-    assert c.lines==[] and loss.device.type==figure.device.type=='cuda'
+    assert c.lines==[] and loss.device.type==figure.device.type==device
 
 def test_crops_on_a_fake_gpu():
     "The batch augmentation: one small copy, of the table, that isn't waited for"
@@ -134,8 +141,8 @@ def test_crops_on_a_fake_gpu():
     assert c.lines==[] and res.device.type=='cuda'
 
 def test_strong_views_on_no_device(monkeypatch):
-    "On `meta`, which has no values either, but takes fastai's classes, and which autocast doesn't know"
-    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
+    "On `meta`, which has no values either, but takes fastai's classes"
+    no_autocast(monkeypatch)
     def tensor(*args, _was=torch.tensor, **kwargs): assert kwargs.get('device') is None; return _was(*args, **kwargs)   # a copy that is waited for, and that no dispatch shows for `meta`
     monkeypatch.setattr(torch, 'tensor', tensor)
     x = torch.empty(4,3,32,32, device='meta')

@@ -104,7 +104,7 @@ def run(s):
     rows,raw = [],[]
     for case in ([(resnet10,32,2,2)] if s.quick else [(resnet18,64,32,1),(resnet10,32,8,10)]):
         row,r = step_overhead(*case, 1 if s.quick else 10*s.rounds); rows.append(row); raw.append(r)
-    for case in ([(resnet10,32,2,2)] if s.quick else [(resnet18,64,16,1)]):
-        more,r = objectives_overhead(*case, 1 if s.quick else 6*s.rounds); rows += more; raw.append(r)
+    for case in ([(resnet10,32,2,2)] if s.quick else [(resnet18,64,16,3)]):
+        more,r = objectives_overhead(*case, 1 if s.quick else 10*s.rounds); rows += more; raw.append(r)
     row,r = optimizer_step(*((resnet10,1) if s.quick else (resnet50,5)), s)
     return rows+row,raw+[r]

@@ -1,0 +1,61 @@
+"""What the parts of a recipe give at equal image passes, on Imagewang at a short side of 80 px trained at 64: `make recipes`, or
+
+    python tests/benchmarks/recipes.py [--share .25] [--seeds 1] [--only best protocol] [--baseline]
+
+`--share` of the 310,656 image passes that the reference's 2,427 steps of 64 labelled images and 16 unlabelled ones in four turns are; `--baseline` trains supervised baselines of as many steps.
+A run goes on where it was cut (in runs/recipes); each that ends is a line in results/recipes/trials.jsonl, and isn't repeated. Half of the validation images, by their names, is for choosing, the other for reporting."""
+import argparse,hashlib,json,os,sys
+from pathlib import Path
+from fastai.vision.all import torch
+from sesemi_fastai.all import RunConfig,train_run
+from sesemi_fastai.images import unpack
+from common import machine
+
+here = Path(__file__).parent
+out,work = here/'results'/'recipes'/'trials.jsonl',here.parent.parent/'runs'/'recipes'
+passes = 310_656
+protocol = dict(recipe='fast', arch='resnet18', bs=64, unlabeled_bs=16)
+best = dict(recipe='best', arch='xresnet18_mish', bs=64, unlabeled_bs=64)
+trials = dict(protocol=protocol, best=best, best_bs32=best|dict(bs=32, unlabeled_bs=32), best_bs32_96=best|dict(bs=32, unlabeled_bs=96), best_mixup=best|dict(mixup=.2), best_progressive=best|dict(progressive=.5),
+    best_four=best|dict(unlabeled_bs=16, objective='rotation'), best_relu=best|dict(arch='xresnet18'), best_resnet=best|dict(arch='resnet18'), best_no_smoothing=best|dict(label_smoothing=0.), best_ema=best|dict(ema=.998),
+    best_fixmatch=best|dict(unlabeled_bs=40, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'), best_bn=best|dict(objective='rotation(views=one,bn=batch)'))
+
+def config(path, name, share, seed, epochs=4):
+    cfg = dict(data=str(path), dataset='imagewang-80', size=64, epochs=epochs, seed=seed, num_workers=0)|trials[name]
+    n = RunConfig(**cfg).passes_per_step(cfg['bs'])
+    return RunConfig(**cfg, steps=round(passes*share/n/epochs))
+
+def halves(cfg, folder):
+    "Accuracy in percent of the weights in `folder` on the half of the validation images for choosing, and on the other"
+    dls = cfg.dls(); learn = cfg.learner(dls)
+    learn.model.load_state_dict(torch.load(folder/'model.pth', weights_only=True))
+    with learn.no_bar(): p,y = learn.get_preds(dl=dls.valid)
+    report = torch.tensor([hashlib.sha1(Path(o).name.encode()).digest()[0]%2==1 for o in dls.valid.items])
+    ok = (p.argmax(1)==y).float()
+    return 100*ok[~report].mean().item(),100*ok[report].mean().item()
+
+def run(path, name, share, seed, baseline):
+    "Train once; the line to be written"
+    cfg = config(path, name, share, seed)
+    folder = work/f"{name}{'-baseline' if baseline else ''}-{share:g}-{seed}"
+    r = train_run(cfg, folder, baseline=baseline, plain=True, resume=True, save_every='5 minutes')
+    choose,report = halves(cfg, folder)
+    history = [list(map(float, o.split(',')[1:-1])) for o in (folder/'history.csv').read_text().splitlines()[1:]]
+    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=history, settings=trials[name], machine=machine())
+
+def main(args):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--share', type=float, default=1.); p.add_argument('--seeds', type=int, default=1); p.add_argument('--only', nargs='*', choices=list(trials), default=list(trials)); p.add_argument('--baseline', action='store_true')
+    a = p.parse_args(args)
+    if 'SESEMI_TEST_DATA' not in os.environ: sys.exit("make recipes needs Imagewang: set SESEMI_TEST_DATA to a folder that has imagewang-80.tgz.")
+    path = unpack(Path(os.environ['SESEMI_TEST_DATA'])/'imagewang-80.tgz')
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    for seed in range(a.seeds):
+        for name in a.only:
+            done = {(r['name'],r['share'],r['seed'],r['baseline']) for r in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
+            if (name,a.share,seed,a.baseline) in done: continue
+            r = run(path, name, a.share, seed, a.baseline)
+            with open(out, 'a') as f: f.write(json.dumps(r)+'\n')
+            print(f"{name}{' baseline' if a.baseline else ''}, seed {seed}: {r['accuracy']:.2f} % ({r['choose']:.2f} and {r['report']:.2f} on the halves), {r['passes']:,} passes in {r['seconds']:.0f} s", flush=True)
+
+if __name__=='__main__': main(sys.argv[1:])
