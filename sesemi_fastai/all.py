@@ -21,6 +21,7 @@ from .transient import *
 from .randomness import *
 from .passes import *
 from .objective import *
+from .companions import *
 from .unlabeled import *
 from .losses import *
 from .weighting import *

@@ -106,7 +106,10 @@ def _look_up_planes(pics, tables):
 
 class DevelopCrops(Normalize):
     "`Normalize`, and before it a `CropBatch` becomes images"
-    def __init__(self, *args, size=None, **kwargs):
+    def __init__(self, *args,
+        size:int=None, # Side of the images, in pixels
+        **kwargs # As for `Normalize`
+    ):
         super().__init__(*args, **kwargs)
         self.size = size
     @classmethod

@@ -68,7 +68,9 @@ def _unitems(x): return list(x.unbind()) if isinstance(x, Tensor) else [unpack_s
 # %% ../nbs/13_checkpoint.ipynb #13a00006
 class Packed:
     "What `pack_state` has packed already"
-    def __init__(self, content): self.content = content
+    def __init__(self,
+        content # What `pack_state` gave
+    ): self.content = content
 
 def pack_state(
     o # Numbers, strings, tensors, arrays, times, paths, and lists, tuples, dictionaries, sets and the like of them

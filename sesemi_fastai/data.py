@@ -140,7 +140,11 @@ def _plain_dl(dl):
 # %% ../nbs/04_data.ipynb #535a6b61
 class ImageTransform(Transform):
     "`tfm`, on training (0) or validation (1) images or both; an export has `plain` in its place"
-    def __init__(self, tfm, split_idx=None, plain=None):
+    def __init__(self,
+        tfm, # A function of an image
+        split_idx:int=None, # 0 for training images alone, 1 for validation images; both by default
+        plain=None # What torchvision alone does, for exports
+    ):
         super().__init__(split_idx=split_idx)
         self.tfm,self.plain = tfm,plain
     def __call__(self, x, split_idx=None, **kwargs): return self.tfm(x) if self.split_idx in (None,split_idx) else x

@@ -53,9 +53,13 @@ def on_processes(
 # %% ../nbs/03a_distributed.ipynb #cfbca27d
 class ShardedDL(DistributedDL):
     "One process's part of a loader; of a `StreamDL`, its part of each batch"
-    def __init__(self, dl, n_steps=None, **kwargs):
+    def __init__(self,
+        dl:TfmdDL, # Of all processes
+        n_steps:int=None, # Of a stream's epoch
+        **kwargs # As for `DistributedDL`
+    ):
         super().__init__(dl, **kwargs)
-        self.n_steps = n_steps # Of a stream's epoch
+        self.n_steps = n_steps
         if n_steps is not None: self.fake_l.__class__ = type(self.dl.fake_l)   # to begin an epoch moves no global generator
         dl.to(self.device)
 

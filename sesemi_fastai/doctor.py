@@ -34,7 +34,7 @@ class Report:
     path:Path       # Folder of the images
     streams:dict    # Images of each stream
     findings:list   # Of `Finding`
-    seconds:float = 0.
+    seconds:float = 0. # It took
     def __getitem__(self, name): return next(o for o in self.findings if o.name==name)
 
     def exclude(self,

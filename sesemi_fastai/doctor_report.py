@@ -146,7 +146,9 @@ def sesemi_doctor(
     if out: write_doctor_html(r, Path(out)/'doctor.html', names=class_names); write_findings(r, Path(out)/'doctor.json'); print(f'Images: {out}/doctor.html; every file by name: {out}/doctor.json')
     if write_exclude: print(f'{write_exclude_list(r, write_exclude):,} files listed in {write_exclude}')
 
-def doctor_command(args=None):
+def doctor_command(
+    args:list=None # The command line; that of the process by default
+):
     "The command `sesemi_doctor`"
     run_command(sesemi_doctor, args)
 

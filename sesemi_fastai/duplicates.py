@@ -17,7 +17,8 @@ from .images import *
 @dataclass
 class Look:
     "What reading an image tells; `why` says what is wrong with one that can't be read, which has nothing else"
-    path:Path; why:str=None
+    path:Path               # The file
+    why:str=None            # What is wrong with one that can't be read
     size:tuple=None         # Width and height in pixels, as stored
     mode:str=None           # Pillow's name of the mode it is stored in
     turn:int=1              # EXIF orientation, 1 to 8

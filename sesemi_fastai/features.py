@@ -41,7 +41,9 @@ class FeatureLayer:
     ): store_attr()
     def __repr__(self): return f"{'input' if self.at_input else 'output'} of {self.name}, {self.width} features"
 
-    def module(self, model:nn.Module)->nn.Module: # `model` is the one that was traced, or has its structure
+    def module(self,
+        model:nn.Module # The one that was traced, or one of its structure
+    )->nn.Module:
         "The module itself, which may have been replaced since, as by `convert_sync_batchnorm`"
         return model.get_submodule(self.name)
 

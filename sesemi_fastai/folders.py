@@ -14,7 +14,10 @@ from .images import *
 # %% ../nbs/03b_folders.ipynb #7c400006
 class ClassFolder(Transform):
     "The name of the folder directly below one of `folders` of `path`"
-    def __init__(self, path, folders):
+    def __init__(self,
+        path, # Folder of the images
+        folders # Names below it
+    ):
         super().__init__()
         self.roots,self.known = sorted((Path(path)/o for o in folders), key=lambda o: -len(o.parts)),{}
     def __call__(self, o, **kwargs):   # a plain call: choosing by type takes longer than the rest of an item
@@ -34,7 +37,13 @@ def _need_dir(path, what):
 @dataclass
 class FolderFiles:
     "What `split_folder` found: files of each stream, and the classes"
-    labeled:list; valid:list; unlabeled:list; vocab:list; left_out:dict; path:Path; label:ClassFolder
+    labeled:list        # Files with a class
+    valid:list          # Files for validation
+    unlabeled:list      # Files whose class isn't read
+    vocab:list          # Names of the classes
+    left_out:dict       # Classes that validation hasn't, and how many files each has
+    path:Path           # Folder of the images
+    label:ClassFolder   # Gives the class of a file
 
     def all(self):
         "Each file once"

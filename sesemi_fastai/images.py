@@ -26,7 +26,10 @@ def printable(
 
 class BadImageError(ValueError):
     "A file that can't be read as an image; `path` names it, `why` says what is wrong"
-    def __init__(self, path, why=None):
+    def __init__(self,
+        path, # The file, or the text of such an error
+        why:str=None # What is wrong with it; read from the text by default
+    ):
         if why is None: path,why = re.findall(r"BadImageError: (.*) can't be read as an image \((.*)\): replace", path)[-1]  # torch hands on a worker's error as text
         self.path,self.why = Path(path),printable(why)
         super().__init__(f"{printable(path)} can't be read as an image ({self.why}): replace or remove it, or leave it out with `exclude=[...]` or on_bad_image='skip'.")

@@ -215,7 +215,9 @@ def _config(args):
     return RunConfig(data, data if data in ('sample',*_urls) else Path(data).name, **{**(_sample_defaults if data=='sample' else _defaults), **given}, **same)
 
 # %% ../nbs/16_imagewang.ipynb #0d760ede
-def imagewang_command(args=None):
+def imagewang_command(
+    args:list=None # The command line; that of the process by default
+):
     "The command `sesemi_imagewang`"
     run_command(sesemi_imagewang, args, imagewang_words)
 

@@ -17,7 +17,7 @@ from .features import *
 from .samples import *
 from .randomness import *
 from .batchnorm import *
-from .unlabeled import *
+from .companions import *
 from .optimizer import *
 from .step import *
 from .progressive import *

@@ -102,18 +102,30 @@ class UnlabeledObjective(TransientCallback):
         "The views that it only makes targets from"
         return []
 
-    def make_heads(self, n_features:int, n_out:int)->dict: # Name to module
-        "Heads for `n_features` features of the model and its `n_out` outputs; none by default"
+    def make_heads(self,
+        n_features:int, # Width of the model's pooled features
+        n_out:int # Outputs of the model
+    )->dict: # Name to module
+        "Heads of this objective; none by default"
         return {}
 
-    def make_kept(self, task:str, n_out:int, device)->dict: # Name to an object with `state_dict` and `load_state_dict`
+    def make_kept(self,
+        task:str, # See `task_of`
+        n_out:int, # Outputs of the model
+        device:torch.device # The model's
+    )->dict: # Name to an object with `state_dict` and `load_state_dict`
         "What is kept over steps, such as thresholds; nothing by default"
         return {}
 
-    def see_data(self, dls):
-        "Called before the first step with what has the transforms of the data: `DataLoaders`, or one loader"
+    def see_data(self,
+        dls # `DataLoaders`, or one loader
+    ):
+        "Called before the first step with what has the transforms of the data"
 
-    def check(self, learn:Learner, x:Tensor): # Unlabelled images `(2,C,H,W)`
+    def check(self,
+        learn:Learner, # Before its first step
+        x:Tensor # Unlabelled images `(2,C,H,W)`
+    ):
         "Raise `ValueError` where the data of `learn` can't be used"
 
     def weight_at(self,
@@ -171,22 +183,32 @@ class BoundBatch:
     ):
         store_attr()
         self.outputs = None # Of the last pass that was read by `classes`
-    def view(self, view):
+    def view(self,
+        view # See `UnlabeledBatch.view`
+    ):
         "The view, made once for all objectives"
         return self.batch.view(view)
     def _pass(self, view):
         o = self.objective
         return self.batch.differentiable(view, o.bn, o.backward) if self.learning else self.batch.without_gradient(view, o.bn)
-    def classes(self, view)->Tensor: # `(N,n_out)`
-        "The model's output for one of the objective's `views`, in training mode, with gradients"
+    def classes(self,
+        view # One of the objective's `views`
+    )->Tensor: # `(N,n_out)`
+        "The model's output for a view, in training mode, with gradients"
         self.outputs = self._pass(view)[1]
         return self.outputs
-    def features(self, view)->Tensor: # `(N,n_features)`
-        "The model's pooled features for one of the objective's `views`, with gradients"
+    def features(self,
+        view # One of the objective's `views`
+    )->Tensor: # `(N,n_features)`
+        "The model's pooled features for a view, with gradients"
         return self._pass(view)[0]
-    def targets(self, view)->Tensor: # `(N,n_out)`
+    def targets(self,
+        view # One of its `views` or `target_views`
+    )->Tensor: # `(N,n_out)`
         "The model's output without gradients"
         return self.batch.without_gradient(view, self.objective.bn)[1]
-    def teacher(self, view)->Tensor: # `(N,n_out)`
+    def teacher(self,
+        view # See `UnlabeledBatch.view`
+    )->Tensor: # `(N,n_out)`
         "The output of `EMA`'s model in evaluation mode, without gradients"
         return self.batch.teacher_targets(view)

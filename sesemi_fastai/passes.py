@@ -72,7 +72,9 @@ class UnlabeledBatch:
                 self.views[view] = view.from_batch(self) if hasattr(view,'from_batch') else view(self.x)
         return self.views[view]
 
-    def images(self, view)->Tensor: # `(N,C,H,W)`
+    def images(self,
+        view # See `view`
+    )->Tensor: # `(N,C,H,W)`
         "The images of a view, without the targets that it may have made with them"
         res = self.view(view)
         return res[0] if isinstance(res, tuple) else res
@@ -96,7 +98,11 @@ class UnlabeledBatch:
             raise ValueError(f"BatchNorm can't normalise {view_name(view)} of one unlabelled image by its own statistics: use an unlabeled_bs of 2 or more, or bn='running'.") from e
         return to_full(feats),to_full(out)
 
-    def differentiable(self, view, bn, graph)->tuple: # Features or None, and outputs
+    def differentiable(self,
+        view, # See `view`
+        bn:str, # See `bn_policy`
+        graph:str # 'joint', the labelled batch's own, or 'sequential'
+    )->tuple: # Features or None, and outputs
         "The pass of `view` in one of the step's graphs, run once"
         key = view,bn,graph
         if key not in self.passes:
@@ -104,13 +110,18 @@ class UnlabeledBatch:
             self.targets_of[view,bn] = tuple(o.detach() if isinstance(o, Tensor) else None for o in self.passes[key])
         return self.passes[key]
 
-    def without_gradient(self, view, bn)->tuple:
+    def without_gradient(self,
+        view, # See `view`
+        bn:str # See `bn_policy`
+    )->tuple: # Features or None, and outputs
         "The same, from a pass that was differentiated if there is one, else from one of its own that moves no running averages"
         if (view,bn) not in self.targets_of:
             with torch.no_grad(): self.targets_of[view,bn] = self.run(view, 'batch' if bn=='update' else bn, {'classes','features'})
         return self.targets_of[view,bn]
 
-    def teacher_targets(self, view)->Tensor: # Outputs, without gradients
+    def teacher_targets(self,
+        view # See `view`
+    )->Tensor: # Outputs, without gradients
         "What the teacher, in evaluation mode, makes of a view"
         if ('teacher',view) not in self.targets_of:
             with torch.no_grad(), self.context(): self.targets_of['teacher',view] = to_full(self.teacher(self.images(view)))

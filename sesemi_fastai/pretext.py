@@ -26,8 +26,10 @@ class PretextObjective(UnlabeledObjective):
     def make_heads(self, n_features, n_out):
         "A linear layer"
         return dict(head=nn.Linear(n_features, self.n_targets))
-    def make_view(self, x:Tensor)->tuple: # Views `(N,C,H,W)` and targets `(N,)`
-        "What is asked about the images `x`, `(B,C,H,W)`; to be defined by each objective of this kind"
+    def make_view(self,
+        x:Tensor # Images `(B,C,H,W)`
+    )->tuple: # Views `(N,C,H,W)` and targets `(N,)`
+        "What is asked about the images; to be defined by each objective of this kind"
     def views(self):
         "The one view, with its targets"
         return [self.make_view]

@@ -34,7 +34,10 @@ def read_csv(
 @dataclass
 class RunFolder:
     "A finished run: its folder, results and histories"
-    path:Path; results:dict; history:dict; steps:dict
+    path:Path       # Of the folder
+    results:dict    # What `results.json` holds
+    history:dict    # Name of a column to its values, one an epoch
+    steps:dict      # The same, one a step
 
 _needed = dict(accuracy=(int,float), seed=int, epochs=int, steps=int, size=int, arch=str, recipe=str, val_in_pool=bool, dataset=str)
 
@@ -182,7 +185,10 @@ def extras_words(
     words = dict(label_smoothing='label smoothing {:g}', mixup='MixUp {:g}', progressive='images that grow for {:.0%} of the steps')
     return ''.join(', '+w.format(r[k]) for k,w in words.items() if r.get(k))
 
-def passes_words(runs, baselines):
+def passes_words(
+    runs:list, # `results.json` of each run
+    baselines:list # And of each supervised baseline
+)->str:
     "Image passes of a run, and of a baseline, where they are known"
     n,m = (next((o['image_passes'] for o in rs if 'image_passes' in o), None) for rs in (runs,baselines))
     return '' if n is None else f" and {n:,} image passes"+('' if m is None else f" ({m:,} of the baseline)")

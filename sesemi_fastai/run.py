@@ -140,7 +140,9 @@ def _commit():
 # %% ../nbs/14_run.ipynb #41e91460
 class DivergedError(ValueError):
     "Training whose loss or weights aren't finite any more"
-    def __init__(self, message):
+    def __init__(self,
+        message:str # What isn't finite, and where
+    ):
         super().__init__(message)
         self.message = message
     def __str__(self): return self.message   # fastai writes the callback's name into the arguments
@@ -268,11 +270,16 @@ def finished_results(
     if diff := differences(res['settings'], cfg.settings(baseline)): raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(diff)}): name another folder.")
     return res
 
-def write_json(path, res):
+def write_json(
+    path:Path, # Of the file
+    res:dict # Plain values
+):
     "Write `res` so that `path` is whole or isn't there"
     part = path.with_suffix('.part')
     part.write_text(json.dumps(res, indent=1)); os.replace(part, path)
 
-def image_counts(dls)->dict:
+def image_counts(
+    dls:PairedDataLoaders # Of a run
+)->dict: # Name of a stream to a number
     "Images of each stream"
     return dict(labeled=len(dls.train.dataset), unlabeled=len(dls.unlabeled.dataset), valid=len(dls.valid.dataset))

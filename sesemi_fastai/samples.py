@@ -22,7 +22,9 @@ def sample_batch(
         b = dl.do_batch([dl.do_item(0)]*2)
         return tuple(dl.after_batch(to_device(b, dl.device) if dl.device else b))
 
-def sample_inputs(dl)->Tensor: # `(2,C,H,W)`
+def sample_inputs(
+    dl:TfmdDL # See `sample_batch`
+)->Tensor: # `(2,C,H,W)`
     "The inputs of `sample_batch`"
     return sample_batch(dl)[0]
 

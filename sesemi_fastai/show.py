@@ -39,7 +39,9 @@ def titled_views(self:UnlabeledObjective,
     return rows+[(batch.images(v), [view_name(v)]*len(batch.x)) for v in self.views() if v is not weak]
 
 @patch
-def titled_views(self:PretextObjective, batch:UnlabeledBatch)->list:
+def titled_views(self:PretextObjective,
+    batch:UnlabeledBatch # Unlabelled images
+)->list: # Of `(images, titles)`
     "Its views and their targets"
     v,t = batch.view(self.views()[0])
     return [(v, [self.target_names[i] for i in t.tolist()])]

@@ -32,14 +32,20 @@ def on_stack(
 # %% ../nbs/13c_signals.ipynb #13f00008
 class TrainingStopped(KeyboardInterrupt):
     "Training was stopped by `signal`"
-    def __init__(self, message, signal):
+    def __init__(self,
+        message:str, # What was saved, and how to go on
+        signal:int # Its number
+    ):
         super().__init__(message)
         self.signal = signal
 
 class StopSignals:
     "Notes SIGINT and SIGTERM while a fit runs; calls `at_once` where that is set, and `again` at the second"
     signals = (signal.SIGINT,signal.SIGTERM)
-    def __init__(self, frame, again): # Of `running_fit`; takes the signal's number
+    def __init__(self,
+        frame, # Of `running_fit`
+        again # Called with the signal's number
+    ):
         self.frame,self.again,self.got,self.at_once,self.pid,self.old = frame,again,0,None,os.getpid(),{}
 
     def install(self):

@@ -44,7 +44,9 @@ def native_cbs(
     res = [cb() for cb,ok in zip((BFloat16,ChannelsLast), native_formats(dls.device or 'cpu')) if ok]
     return [o for o in res if not any(isinstance(c, type(o)) for c in cbs)]
 
-def training_formats(learn:Learner)->str:
+def training_formats(
+    learn:Learner # Before or after a fit
+)->str:
     "Precision and memory format in which `learn` trains, and why"
     has = lambda t: any(isinstance(o, t) for o in learn.cbs)
     device = torch.device(learn.dls.device or 'cpu')

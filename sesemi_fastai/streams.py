@@ -177,7 +177,10 @@ def _unreadable(dataset, i, error):
 class StreamDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation are functions of `(seed, stream, epoch)`; an epoch has `n_steps` batches"
     _in_batch,batch_key = False,None
-    def __init__(self, dataset, bs:int=64, shuffle:bool=True, # As for `TfmdDL`
+    def __init__(self,
+                 dataset, # As for `TfmdDL`
+                 bs:int=64, # Items a batch
+                 shuffle:bool=True, # Whether it is a stream; else all items in their order
                  seed:int=0, # Of the run
                  stream:str='labeled', # Its name, which keeps its randomness apart from the other stream's
                  n_steps:int=None, # Batches in an epoch of each process; one pass by default

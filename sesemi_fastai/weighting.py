@@ -14,7 +14,9 @@ from .losses import *
 class BatchStatistics:
     "Statistics of target probabilities over the batches of a run; `None` before the first"
     stats = () # Names of the attributes that hold them
-    def __init__(self, momentum=.999):
+    def __init__(self,
+        momentum:float=.999 # Of the averages
+    ):
         if not 0<=momentum<=1: raise ValueError(f"momentum={momentum} must be between 0 and 1.")
         self.momentum,self._constants = momentum,{}
         for o in self.stats: setattr(self, o, None)
@@ -63,7 +65,9 @@ class FixedThreshold(BatchStatistics):
 class FreeMatchThreshold(BatchStatistics):
     "Self-adaptive thresholds: τ_c = t̄·p̃_c / max p̃, of the averages t̄ of max p and p̃ of p, both from 1/C"
     stats = 'confidence','shares','counts' # t̄; p̃; and the average of predicted classes, for `fairness_loss`
-    def __init__(self, momentum:float=.999): super().__init__(momentum)
+    def __init__(self,
+        momentum:float=.999 # Of the averages
+    ): super().__init__(momentum)
     @torch.no_grad()
     def __call__(self,
         p:Tensor # Probabilities `(B,C)` or `(B,C,2)`

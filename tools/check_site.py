@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote,urlsplit
 import nbformat
+from fastcore.docments import docments
 
 # Words that were found in this project, which a reader of the field would not expect
 words = {r'pictures?':'image', r'(?<!Barlow )twins?':'supervised baseline', r'near[- ]copies':'near-duplicates', r'store=':'cache=', r'taps?':'feature layer', r'rooms?':'module', r'to the bit':'bitwise identical',
@@ -63,6 +64,13 @@ def params_of(o):
     if isinstance(o,type) and not (getattr(o.__init__,'__module__',None) or '').startswith('sesemi_fastai'): return []
     return [p for k,p in inspect.signature(o).parameters.items() if k not in ('self','cls')]
 
+def own_params(o):
+    "Names of those that its own source has, and not `@delegates`; `*args` and `**kwargs` are left out"
+    f = inspect.unwrap(o.__init__ if isinstance(o,type) else o)
+    f = getattr(f,'__func__',f); code = getattr(f,'__code__',None)
+    own = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount] if code else ()
+    return [p.name for p in params_of(o) if p.name in own and p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)]
+
 def doc_of(o):
     "Its docstring; of an object that is called, that of the call"
     return inspect.getdoc(o if inspect.isroutine(o) or isinstance(o,type) else type(o).__call__) or ''
@@ -85,6 +93,9 @@ def check_entries(pages, index):
         if p is None or nm not in p.ids: yield f'{nm}: no entry'; continue
         if '.' in nm and not callable(o): yield f'{nm}: its entry has no signature'
         elif (inspect.isroutine(o) or isinstance(o,type)) and not doc_of(o): yield f'{nm}: its entry says nothing: write a docstring'
+        said = docments(o, full=True) if callable(o) else {}
+        for k in own_params(o) if callable(o) else []:
+            if not getattr(said.get(k),'docment',None): yield f'{nm}: nothing is said of its parameter {k}'
         text = p.entries.get(nm,'')
         for k in (v.name for v in (params_of(o) if callable(o) else []) if v.kind not in (v.VAR_POSITIONAL,v.VAR_KEYWORD)):
             if not re.search(rf'^\s*{re.escape(k)}\s*$', text, re.M): yield f'{nm}: no row for its parameter {k}'

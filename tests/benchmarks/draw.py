@@ -16,7 +16,7 @@ def bars(ax, rows):
         ax.plot([r['low'],r['high']], [i,i], color='black', lw=1); ax.plot(r['ratio'], i, 'o', color='tab:green' if good else 'tab:red')
         if r['target']: ax.plot([r['target']]*2, [i-.35,i+.35], color='tab:gray', ls='--')
     ax.set_yticks(range(len(rows)), [r['name'].replace(': ',':\n',1) for r in reversed(rows)], fontsize=8); ax.set_ylim(-.6, len(rows)-.4)
-    ax.set_xscale('log'); ax.set_xlabel('ours over the other: dot median, line range, dashes the target')
+    ax.set_xscale('log'); ax.set_xlabel('ours over the other\ndot: median, line: range, dashes: target')
     ticks = [.25,.5,1,2,4,8]; ax.set_xticks(ticks, map(str, ticks)); ax.minorticks_off(); ax.grid(axis='x', alpha=.3)
 
 def lines(ax, data, x, keys, title, ylabel, log='xy', scale=1., suffix=''):
