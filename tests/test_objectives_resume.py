@@ -6,7 +6,7 @@ from PIL import Image
 from fastai.vision.all import Adam,Callback,Learner,ProgressCallback,SaveModelCallback,accuracy,noop
 from sesemi_fastai.all import (BarlowTwins,EMA,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,ResumeTraining,RotationPretext,TrainingStopped,VAT)
 from test_objectives import net
-from test_resume import load,note,processes,run,same,survive
+from test_resume import load,note,run,same,survive
 import killed
 
 CASES = dict(fixmatch=lambda **kw: [RotationPretext(.5, **kw), FixMatch(weighting='free', align='labels', momentum=.9, **kw), EMA(.9)],

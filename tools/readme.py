@@ -195,6 +195,24 @@ def measured_objectives():
     if not parts: return 'Not measured yet: `python tests/benchmarks/objectives.py fashionwang`.'
     return '\n'.join(['In brackets: points above the baseline of the same seed'+', ± the standard error over seeds' *any(' ± ' in o for o in parts)+'.', '', '![Points of accuracy above the baseline for each objective, alone and beside rotation, a dot for each seed](images/objectives.png)', *parts])
 
+# What the runs of tests/benchmarks/recipes.py are called
+trial_words = dict(protocol="the published network, optimizer and schedule, four turns of each image", best='`best`: xresnet18 with Mish, Ranger, label smoothing, one turn of each image', best_bs32='`best`, 32 images of each kind a step',
+    best_bs32_96='`best`, 32 labelled and 96 unlabelled images a step', best_mixup='`best` with MixUp', best_progressive='`best` with images that grow', best_four='`best` with four turns of each image', best_relu='`best` with ReLU',
+    best_resnet="`best` with torchvision's ResNet-18", best_no_smoothing='`best` without label smoothing', best_ema='`best` with averaged weights', best_fixmatch='`best` with FixMatch beside rotation', best_bn='`best`, unlabelled passes that move no running averages')
+
+def tried_recipes():
+    "What recipes reached at equal image passes in the runs of tests/benchmarks/recipes.py"
+    file,by = results/'recipes/trials.jsonl',{}
+    if not file.exists(): return 'Not run yet: `make recipes`.'
+    for r in map(json.loads, file.read_text(encoding='utf-8').splitlines()): by.setdefault((r['share'],r['name']),{}).setdefault(r['baseline'],[]).append(r)
+    mean = lambda rs,k: statistics.mean(o[k] for o in rs)
+    rows = ['| recipe | image passes | seeds | accuracy | on the half for choosing, for reporting | supervised baseline, equal steps |','| --- | --- | --- | --- | --- | --- |']
+    for (share,name),o in sorted(by.items(), key=lambda o: (o[0][0],-mean(o[1].get(False,o[1].get(True)),'accuracy'))):
+        if not (runs := o.get(False)): continue
+        base = o.get(True) and mean(o[True], 'accuracy')
+        rows.append(f"| {trial_words.get(name,name)} | {runs[0]['passes']:,} | {len(runs)} | {with_error([r['accuracy'] for r in runs],'.1f')} % | {mean(runs,'choose'):.1f} %, {mean(runs,'report'):.1f} % | {f'{base:.1f} %' if base else ''} |")
+    return '\n'.join(rows)
+
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
     nb,tables = nbformat.reads(text, 4),iter(tables)
@@ -208,7 +226,7 @@ if __name__=='__main__':
         figures.objectives()
     texts,(acc,said) = {},accuracies()
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
-        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}']}
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}',tried_recipes()]}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
