@@ -84,6 +84,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'sesemi_fastai.batchnorm.batchnorms': ('batchnorm.html#batchnorms', 'sesemi_fastai/batchnorm.py'),
                                          'sesemi_fastai.batchnorm.bn_groups': ('batchnorm.html#bn_groups', 'sesemi_fastai/batchnorm.py'),
                                          'sesemi_fastai.batchnorm.bn_policy': ('batchnorm.html#bn_policy', 'sesemi_fastai/batchnorm.py'),
+                                         'sesemi_fastai.batchnorm.forget_next_pass': ( 'batchnorm.html#forget_next_pass',
+                                                                                       'sesemi_fastai/batchnorm.py'),
                                          'sesemi_fastai.batchnorm.pass_contexts': ( 'batchnorm.html#pass_contexts',
                                                                                     'sesemi_fastai/batchnorm.py')},
             'sesemi_fastai.cache': { 'sesemi_fastai.cache.DecodeImage': ('cache.html#decodeimage', 'sesemi_fastai/cache.py'),

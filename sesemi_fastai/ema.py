@@ -35,7 +35,7 @@ def _tensors(model): return dict(itertools.chain(model.named_parameters(), model
 class EMA(TransientCallback):
     "Average the weights over the steps of a fit; validation, `SaveModelCallback` and the end of the fit get the averages, training goes on with the weights"
     order,run_valid,name = 5,False,'ema'
-    teacher,_learn,_raw,_loaded,_version,_cancelled,n_updates = None,None,None,None,None,False,0
+    teacher,_learn,_raw,_loaded,_versions_then,_cancelled,n_updates = None,None,None,None,None,False,0
     def __init__(self,
         decay:float=.999, # Share of the average that each step keeps
         warmup:bool=True # Keep less in the first steps: (1+n)/(10+n) after n
@@ -104,13 +104,13 @@ def _use_weights(self:EMA):
     "Copy the weights into the model again"
     if self._raw is None: return
     torch._foreach_copy_(self._pairs[0], self._raw)
-    self._raw,self._version = None,_versions(self)
+    self._raw,self._versions_then = None,_versions(self)
 
 @patch
 def _finish(self:EMA):
     "After a fit, however it ended: leave the averages in the model, unless weights were loaded since the last step"
-    if self.teacher is not None and self._version==_versions(self): self._use_averages()
-    self.teacher = self._raw = self._version = None
+    if self.teacher is not None and self._versions_then==_versions(self): self._use_averages()
+    self.teacher = self._raw = self._versions_then = None
 
 # %% ../nbs/07e_ema.ipynb #07e00011
 @patch
@@ -124,7 +124,7 @@ def before_train(self:EMA):
     if self.teacher is None:
         self.teacher,self.n_updates = copy_model(self.learn.model),0
         if self._loaded is not None: self._load(self._loaded)
-        self._version = _versions(self)
+        self._versions_then = _versions(self)
     self._use_weights()
 
 @patch
@@ -142,7 +142,7 @@ def after_step(self:EMA):
     "Average"
     if self._cancelled: return
     self.update()
-    self._version = _versions(self)
+    self._versions_then = _versions(self)
 
 @patch
 def after_train(self:EMA):
@@ -158,7 +158,7 @@ def after_epoch(self:EMA):
 def after_fit(self:EMA):
     "They stay in the model, before `SaveModelCallback` loads the best or `lr_find` the first weights"
     self._use_averages()
-    self.teacher = self._raw = self._version = self._loaded = None
+    self.teacher = self._raw = self._versions_then = self._loaded = None
 
 # %% ../nbs/07e_ema.ipynb #07e00013
 @patch

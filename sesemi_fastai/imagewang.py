@@ -48,8 +48,8 @@ def seconds_per_step(
     dls,model = learn.dls,deepcopy(learn.model).to(learn.dls.device).train()
     bf16,channels_last = (any(isinstance(o, t) for o in learn.cbs) for t in (BFloat16,ChannelsLast))
     if channels_last: model = model.to(memory_format=torch.channels_last)
-    start,xb,yb = time.time(),*dls.train.one_batch()
-    ub = dls.unlabeled.one_batch()[0] if passes else None
+    start = time.time()
+    xb,yb,*ub = (o.as_subclass(Tensor) for o in (*dls.train.one_batch(), *(dls.unlabeled.one_batch()[:1] if passes else [])))   # as for a Learner's loss
     load,times = time.time()-start,[]
     def done(): first(model.parameters()).grad.sum().item(); return time.time()   # what was asked of a device is done
     for _ in range(3):
@@ -57,7 +57,7 @@ def seconds_per_step(
         with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16): learn.loss_func(model(xb), yb).backward()
         middle = done()
         if passes:
-            with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16): model(ub.repeat(4,1,1,1)).float().square().mean().backward()
+            with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16): model(ub[0].repeat(4,1,1,1)).float().square().mean().backward()
         times.append(middle-start+(done()-middle)*passes/4)
     workers = dls.train.fake_l.num_workers
     return statistics.median(times)+load/max(1, min(workers, defaults.cpus))

@@ -15,9 +15,10 @@ class ProgressiveResize(Callback):
     def __init__(self,
         until:float=.5, # Share of the training after which images have their whole size
         start:float=.5, # Share of the side at the beginning
-        multiple:int=16 # Sides are multiples of it, in pixels
+        multiple:int=16, # Sides are multiples of it, in pixels
+        least:int=32 # Smallest side, in pixels
     ):
-        if not (0<until<=1 and 0<start<=1 and multiple>=1): raise ValueError(f"ProgressiveResize: until={until} and start={start} must be above 0 and at most 1, and multiple={multiple} 1 or more.")
+        if not (0<until<=1 and 0<start<=1 and multiple>=1 and least>=1): raise ValueError(f"ProgressiveResize: until={until} and start={start} must be above 0 and at most 1, and multiple={multiple} and least={least} 1 or more.")
         store_attr()
     def side(self,
         full:int, # Of the images, in pixels
@@ -25,7 +26,7 @@ class ProgressiveResize(Callback):
     )->int:
         "Side to which images are reduced"
         share = min(1., self.start+(1-self.start)*pct/self.until)
-        return min(full, max(self.multiple, int(full*share/self.multiple+1e-6)*self.multiple)) if share<1 else full
+        return min(full, max(self.least, int(full*share/self.multiple+1e-6)*self.multiple)) if share<1 else full
     def resized(self,
         x:Tensor # `(B,C,H,W)`
     )->Tensor: # Of the same type

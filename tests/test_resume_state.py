@@ -56,6 +56,14 @@ def test_recipe_and_size_of_folders(folder):
     assert 'size' in '; '.join(differences(a, settings(size=48))) and 'SampleCrop' in '; '.join(differences(a, settings(recipe='fast')))
     assert not differences(settings(recipe='fast'), settings(recipe='fast', cache=folder/'cache'))   # which changes no result
 
+@pytest.mark.parametrize('cb', [BFloat16, lambda: BatchNormGroups(2), ProgressiveResize, lambda: MixUp(.2), lambda: EMA(.9), lambda: GradientClip(1.), PlainProgress, lambda: JigsawPretext(grid=2), EntropyMin, PseudoLabel, PiModel, lambda: [MeanTeacher(), EMA(.9)], VAT, BarlowTwins])
+def test_nothing_of_ours_is_lost(folder, tmp_path, cb):
+    "Each callback of the package, and those that it adds itself, can be kept as a whole: no warning"
+    learn = tiny(folder, *L(cb()))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1, .01, cbs=[RotationPretext(), FixMatch(threshold=.3), ResumeTraining(tmp_path/'saved', every=1)])
+
 def test_what_was_done_before_is_no_setting(folder):
     "A look at the data, a search for a learning rate, a validation, a fit: none is a difference"
     new,used = (tiny(folder, MixUp(), EarlyStoppingCallback(), GradientClip(), pretext=dict(features='3')) for _ in range(2))
