@@ -66,4 +66,4 @@ def fit_cosine_warmup(self:Learner,
     "Fit for `n_epoch` with linear warm-up, then a cosine to zero"
     lr,pct = _warmup(self, n_epoch, lr_max, warmup_epochs)
     up,down = SchedLin(lr/div, lr),SchedCos(lr, 0*lr)
-    self.fit(n_epoch, cbs=ParamScheduler({'lr':combine_scheds([pct,1-pct], [up,down]) if pct<1 else up})+L(cbs), **kwargs)
+    self.fit(n_epoch, cbs=ParamScheduler({'lr':combine_scheds([pct,1-pct], [up,down])})+L(cbs), **kwargs)

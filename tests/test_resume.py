@@ -207,18 +207,19 @@ class Cut(Callback):
     def after_batch(self):
         if self.training and self.learn.train_iter==self.at: raise RuntimeError('cut')
 
-def test_generators_and_accumulation_come_back(folder, tmp_path):
+@pytest.mark.parametrize('cbs', [[RotationPretext],[]], ids=['rotation','none'])   # without an objective, dropout draws from the global generator
+def test_generators_and_accumulation_come_back(folder, tmp_path, cbs):
     "a Learner whose dropout and batch transforms draw from the global generators, and that accumulates gradients over steps"
-    def fit(seed, *cbs):
+    def fit(seed, *more):
         set_seed(0)
         own = ImageDataLoaders.from_folder(folder, train='train', valid='val', item_tfms=Resize(32), batch_tfms=aug_transforms(size=32), bs=8, num_workers=0)
         dls = PairedDataLoaders.from_dls(own, get_image_files(folder/'unsup'), unlabeled_bs=4, seed=0)
         model = replace_classifier(resnet10(width=16), torch.randn(2,3,32,32), 3, .5)
         learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), path=tmp_path, cbs=GradientAccumulation(16), metrics=accuracy)
         learn.remove_cb(ProgressCallback); learn.logger = noop
-        learn.add_cb(RotationPretext())
+        learn.add_cbs([o() for o in cbs])
         set_seed(seed)
-        learn.fit_one_cycle(3, .01, cbs=cbs)
+        learn.fit_one_cycle(3, .01, cbs=more)
         return learn
     with pytest.raises(RuntimeError, match='cut'): fit(1, ResumeTraining(tmp_path/'ckpt', 1), Cut(6))
     a,b = fit(1),fit(2, ResumeTraining(tmp_path/'ckpt', 1))   # the seed of the second is not what decides

@@ -221,6 +221,8 @@ def test_nothing_is_left_of_a_fit_that_breaks_off(folder, tmp_path, permanent):
     with pytest.raises(KeyboardInterrupt): fit()
     learn.logger = noop
     if not permanent: assert saver.learn is None and not any(type(o).__name__.startswith(('Resume','_Resume')) for o in learn.cbs)
+    with pytest.raises(RuntimeError): fit(Cut(5))
+    assert (saver._fit is not None)==permanent   # it still holds the folder
     other = tiny(folder); other.fit(2, .1, cbs=ResumeTraining(tmp_path/'ckpt', 1))   # the folder is free, though the traceback lives
     assert len(other.recorder.losses)==6
     learn.export(folder/'export.pkl')
