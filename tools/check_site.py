@@ -47,7 +47,7 @@ def plain(md):
     md = re.sub(r'<!--.*?-->', ' ', md, flags=re.S)
     md = re.sub(r'^(```+|~~~+).*$', ' ', md, flags=re.M)
     md = re.sub(r'!\[([^\]]*)\]\([^)]*\)(\{[^}]*\})?', ' ', md)
-    md = re.sub(r'\]\([^)\s]*\)(\{[^}]*\})?', '', md)
+    md = ''.join(o if i%2 else re.sub(r'\]\([^)\s]*\)(\{[^}]*\})?', '', o) for i,o in enumerate(re.split(r'(``[^\n]*?``|`[^`\n]*`)', md)))   # in code it is none
     md = re.sub(r'^(#+.*?)\{#[^}]*\}', r'\1', md, flags=re.M)
     md = re.sub(r'^[\s|:-]+$', ' ', md, flags=re.M)
     md = re.sub(r'<(https?:[^>]+)>', r'\1', md)
