@@ -168,11 +168,10 @@ class Recipe:
         plain, # What a validation image becomes by torchvision alone, in 0..1: for exports
         side:int=None, # Short side to which larger images were reduced that `train` and `valid` take as arrays; by default they take RGB images as they are
         native:bool=False, # Train in bfloat16 and channels last where the hardware has them
-        n_labeled:int=4, # Labelled images a step for each unlabelled one, where no number is given
-        training:dict=None # Settings of training that differ from `published_training`
+        n_labeled:int=4 # Labelled images a step for each unlabelled one, where no number is given
     ):
         store_attr()
-        self.training = published_training|(training or {})
+        self.training = dict(published_training)
 
 published_training = dict(arch='resnet50', dropout=.5, opt='nesterov', schedule='poly', label_smoothing=0., mixup=0., progressive=0., objective='rotation')   # What a training is where nothing else is said, as `RunConfig` names it
 

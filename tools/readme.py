@@ -204,13 +204,12 @@ def tried_recipes():
     "What recipes reached at equal image passes in the runs of tests/benchmarks/recipes.py"
     file,by = results/'recipes/trials.jsonl',{}
     if not file.exists(): return 'Not run yet: `make recipes`.'
-    for r in map(json.loads, file.read_text(encoding='utf-8').splitlines()): by.setdefault((r['share'],r['name']),{}).setdefault(r['baseline'],[]).append(r)
+    for r in map(json.loads, file.read_text(encoding='utf-8').splitlines()): by.setdefault((r['share'],r['name'],r['baseline']),[]).append(r)
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
     rows = ['| recipe | image passes | seeds | accuracy | on the half for choosing, for reporting | supervised baseline, equal steps |','| --- | --- | --- | --- | --- | --- |']
-    for (share,name),o in sorted(by.items(), key=lambda o: (o[0][0],-mean(o[1].get(False,o[1].get(True)),'accuracy'))):
-        if not (runs := o.get(False)): continue
-        base = o.get(True) and mean(o[True], 'accuracy')
-        rows.append(f"| {trial_words.get(name,name)} | {runs[0]['passes']:,} | {len(runs)} | {with_error([r['accuracy'] for r in runs],'.1f')} % | {mean(runs,'choose'):.1f} %, {mean(runs,'report'):.1f} % | {f'{base:.1f} %' if base else ''} |")
+    for (share,name,_),runs in sorted((o for o in by.items() if not o[0][2]), key=lambda o: (o[0][0],-mean(o[1],'accuracy'))):
+        base = by.get((share,name,True))
+        rows.append(f"| {trial_words.get(name,name)} | {runs[0]['passes']:,} | {len(runs)} | {with_error([r['accuracy'] for r in runs],'.1f')} % | {mean(runs,'choose'):.1f} %, {mean(runs,'report'):.1f} % | {format(mean(base,'accuracy'),'.1f')+' %' if base else ''} |")
     return '\n'.join(rows)
 
 def with_tables(text, tables):

@@ -5,7 +5,7 @@ from pathlib import Path
 here = Path(__file__).parent
 sys.path[:0] = [str(here),str(here.parent),str(here.parent.parent)]
 warnings.simplefilter('ignore')
-import numpy as np,torch
+import torch
 from torch import nn
 from torchvision.models import resnet50
 from fastai.callback.all import ChannelsLast

@@ -3,15 +3,17 @@
     python tests/benchmarks/objectives.py fashionwang [--seeds 3] [--only rotation fixmatch]
 
 Every run is a line in results/objectives/NAME.jsonl as soon as it ends; a run that is there isn't repeated, so a broken-off command goes on."""
-import argparse,json,os,sys,time
+import argparse,os,sys,time
 from functools import partial
 from pathlib import Path
+sys.path.insert(1, str(Path(__file__).parent.parent))
 from fastai.vision.all import accuracy,torch
 from sesemi_fastai.all import (BarlowTwins,EMA,EntropyMin,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,PiModel,PseudoLabel,RotationPretext,VAT,resnet10,sesemi_learner)
 from sesemi_fastai.imagewang import get_data
 from sesemi_fastai.streams import random_key,seeded
 from sesemi_fastai.images import unpack
 from common import machine
+from gpu import Log
 
 results = Path(__file__).parent/'results'/'objectives'
 # steps of `bs` labelled images, and unlabelled ones of as many passes; VAT's length goes with the side of the images
@@ -50,14 +52,13 @@ def main(args):
     p = argparse.ArgumentParser(description=__doc__); p.add_argument('data', choices=data); p.add_argument('--seeds', type=int, default=3); p.add_argument('--only', nargs='*')
     a = p.parse_args(args); kw = data[a.data]
     path = get_data('sample') if a.data=='fashionwang' else unpack(Path(os.environ['SESEMI_TEST_DATA'])/'imagewang-80.tgz')
-    results.mkdir(parents=True, exist_ok=True); out = results/f'{a.data}.jsonl'
+    results.mkdir(parents=True, exist_ok=True); log = Log(results/f'{a.data}.jsonl')
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     for seed in range(a.seeds):
         for name,make in configs(40*kw['size']/224).items():
-            done = {(r['name'],r['seed']) for r in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
-            if (name,seed) in done or (a.only and name not in a.only): continue
+            if (name,seed) in {(r['name'],r['seed']) for r in log.read()} or (a.only and name not in a.only): continue
             r = run(path, name, make, seed, **kw)
-            with open(out, 'a') as f: f.write(json.dumps(r)+'\n')
+            log.add(**r)
             print(f"{name} {seed}: {r['accuracy']:.2f} % in {r['seconds']:.0f} s", flush=True)
 
 if __name__=='__main__': main(sys.argv[1:])

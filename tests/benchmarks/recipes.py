@@ -4,15 +4,18 @@
 
 `--share` of the 310,656 image passes that the reference's 2,427 steps of 64 labelled images and 16 unlabelled ones in four turns are; `--baseline` trains supervised baselines of as many steps.
 A run goes on where it was cut (in runs/recipes); each that ends is a line in results/recipes/trials.jsonl, and isn't repeated. Half of the validation images, by their names, is for choosing, the other for reporting."""
-import argparse,hashlib,json,os,sys
+import argparse,hashlib,os,sys
 from pathlib import Path
+sys.path.insert(1, str(Path(__file__).parent.parent))
 from fastai.vision.all import torch
 from sesemi_fastai.all import RunConfig,train_run
 from sesemi_fastai.images import unpack
+from sesemi_fastai.report import read_csv
 from common import machine
+from gpu import Log
 
 here = Path(__file__).parent
-out,work = here/'results'/'recipes'/'trials.jsonl',here.parent.parent/'runs'/'recipes'
+log,work = Log(here/'results'/'recipes'/'trials.jsonl'),here.parent.parent/'runs'/'recipes'
 passes = 310_656
 protocol = dict(recipe='fast', arch='resnet18', bs=64, unlabeled_bs=16)
 best = dict(recipe='best', arch='xresnet18_mish', bs=64, unlabeled_bs=64)
@@ -40,8 +43,7 @@ def run(path, name, share, seed, baseline):
     folder = work/f"{name}{'-baseline' if baseline else ''}-{share:g}-{seed}"
     r = train_run(cfg, folder, baseline=baseline, plain=True, resume=True, save_every='5 minutes')
     choose,report = halves(cfg, folder)
-    history = [list(map(float, o.split(',')[1:-1])) for o in (folder/'history.csv').read_text().splitlines()[1:]]
-    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=history, settings=trials[name], machine=machine())
+    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=read_csv(folder/'history.csv'), settings=trials[name], machine=machine())
 
 def main(args):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,10 +54,9 @@ def main(args):
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     for seed in range(a.seeds):
         for name in a.only:
-            done = {(r['name'],r['share'],r['seed'],r['baseline']) for r in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
-            if (name,a.share,seed,a.baseline) in done: continue
+            if (name,a.share,seed,a.baseline) in {(r['name'],r['share'],r['seed'],r['baseline']) for r in log.read()}: continue
             r = run(path, name, a.share, seed, a.baseline)
-            with open(out, 'a') as f: f.write(json.dumps(r)+'\n')
+            log.add(**r)
             print(f"{name}{' baseline' if a.baseline else ''}, seed {seed}: {r['accuracy']:.2f} % ({r['choose']:.2f} and {r['report']:.2f} on the halves), {r['passes']:,} passes in {r['seconds']:.0f} s", flush=True)
 
 if __name__=='__main__': main(sys.argv[1:])
