@@ -154,6 +154,11 @@ class ReadImage(ImageTransform):
     input_types = (str,Path,bytes,ndarray,Tensor,Image.Image)
 
 # %% ../nbs/04_data.ipynb #6597dc6b
+def _half_extra(files):
+    "Weights of the labelled images: those of classes that validation has are half of what is drawn, and the further ones the other half"
+    further = np.array([files.class_of(o) in files.extra for o in files.labeled])
+    return np.where(further, .5/further.sum(), .5/(~further).sum())
+
 @patch(cls_method=True)
 def from_folder(cls:PairedDataLoaders,
     path:str|Path, # A folder, or an archive (`.tgz`), which is unpacked once into fastai's data folder
@@ -169,6 +174,7 @@ def from_folder(cls:PairedDataLoaders,
     exclude=(), # Files to leave out of every stream, or a JSON file that lists them
     on_bad_image:str='error', # An image that can't be read: 'error', or 'skip' to train without it
     labels_per_class:int=None, # Labelled images of each class, the first by name; the others are trained on without their labels where `train` is in `unlabeled`. All by default
+    extra:str=None, # What classes of `train` that `valid` hasn't are for: 'labels', every second labelled image is then of them; 'images', they are unlabelled ones; or 'both'. Left out by default
     n_steps:int=None, # Batches in an epoch; one pass over the larger stream by default
     val_bs:int=None, # Validation images a batch; `bs` by default
     device=None, # Device of the batches; fastai's default
@@ -178,7 +184,7 @@ def from_folder(cls:PairedDataLoaders,
     "Labelled, validation and unlabelled images of a folder; raises, before anything is trained, where the data can't be right"
     _positive(unlabeled_bs=unlabeled_bs, bs=bs, val_bs=val_bs, n_steps=n_steps)
     if num_workers is not None and num_workers<0: raise ValueError(f"num_workers={num_workers} must be 0 or more.")
-    rec,files = get_recipe(recipe, size),split_folder(path, train, valid, unlabeled, exclude)
+    rec,files = get_recipe(recipe, size),split_folder(path, train, valid, unlabeled, exclude, extra)
     if on_bad_image not in ('error','skip'): raise ValueError(f"on_bad_image={on_bad_image!r} isn't known: use 'error' or 'skip'.")
     bad = None
     if on_bad_image=='skip':
@@ -195,10 +201,11 @@ def from_folder(cls:PairedDataLoaders,
     if files.left_out: _say(f"Left out of {train!r}: {len(files.left_out)} folders ({sum(files.left_out.values()):,} images) that are no class of {valid!r}; they stay on disk.", verbose)
     splits = range(n),range(n, n+len(files.valid))
     pics = [ReadImage(read), ImageTransform(rec.train, 0), ImageTransform(rec.valid, 1, rec.plain)]
-    dsets = Datasets(files.labeled+files.valid, [pics, [files.label, Categorize(vocab=files.vocab)]], splits=splits)
+    dsets = Datasets(files.labeled+files.valid, [pics, [files.label, Categorize(vocab=files.vocab, sort=False)]], splits=splits)
     ubs = _fit_bs(unlabeled_bs, len(files.unlabeled), 'unlabelled', verbose)
     bs = _fit_bs(bs or rec.n_labeled*ubs, n, 'labelled', verbose)
-    with preserved(ifnone(device, default_device())): dls = dsets.dataloaders(bs=bs, val_bs=val_bs or bs, path=files.path, device=device, num_workers=num_workers, after_batch=rec.after_batch)
+    kw = dict(bs=bs, val_bs=val_bs or bs, path=files.path, device=device, num_workers=num_workers, after_batch=rec.after_batch)
+    with preserved(ifnone(device, default_device())): dls = dsets.weighted_dataloaders(_half_extra(files), **kw) if files.extra else dsets.dataloaders(**kw)
     res = cls.from_dls(dls, files.unlabeled, unlabeled_bs=ubs, seed=seed, n_steps=n_steps, bad=bad)
-    res.recipe,res.left_out = rec,files.left_out
+    res.recipe,res.left_out,res.valid_vocab = rec,files.left_out,files.valid_vocab
     return res

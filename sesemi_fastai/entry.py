@@ -56,7 +56,7 @@ def check_row(
     runs:int=1 # How many
 ):
     "Raise `ValueError` where the data isn't Imagewang's, an epoch is more than one pass, or a finished run in `out` is of other settings"
-    if set(dls.vocab)!=set(imagewang_classes): raise ValueError(f"val of {printable(cfg.dataset)} has the classes {', '.join(map(printable, list(dls.vocab)[:3]))}{', …' if len(dls.vocab)>3 else ''}, and a row is validated on Imagewang's ten ({', '.join(list(imagewang_classes)[:2])}, …): use imagewang, imagewang_320 or imagewang_160, or a folder or an archive of it.")
+    if set(dls.valid_vocab)!=set(imagewang_classes): raise ValueError(f"val of {printable(cfg.dataset)} has the classes {', '.join(map(printable, dls.valid_vocab[:3]))}{', …' if len(dls.valid_vocab)>3 else ''}, and a row is validated on Imagewang's ten ({', '.join(list(imagewang_classes)[:2])}, …): use imagewang, imagewang_320 or imagewang_160, or a folder or an archive of it.")
     seen,pool = dls.steps_per_epoch(cfg.processes)*dls.unlabeled.bs*cfg.processes,image_counts(dls)['unlabeled']
     if seen>pool: raise ValueError(f"An epoch would be {seen:,} unlabelled images of {pool:,}, because labelled batches of {dls.train.bs*cfg.processes} take more steps for their pass, and an epoch of a row is one pass over the unlabelled images: use a larger --bs or a smaller --unlabeled_bs.")
     for seed in range(cfg.seed, cfg.seed+runs):
@@ -89,6 +89,7 @@ def _missing(out, runs, link):
     "What has to be done or known before the row is sent, in sentences"
     r,n = runs[0],len(runs); row = imagewang_rows[_row_size(r),r['epochs']]
     want = dict(imagewang_images, unlabeled=sum(imagewang_images.values())-(0 if r['val_in_pool'] else imagewang_images['valid']))
+    for k,use in dict(labeled='labels', unlabeled='images').items(): want[k] += imagewang_extra*(r.get('extra') in (use,'both'))
     few = [f"{r['counts'][k]:,} {what} images, not {want[k]:,}" for k,what in dict(labeled='labelled', unlabeled='unlabelled', valid='validation').items() if r['counts'][k]!=want[k]]
     commits,above,lack = sorted({str(o.get('commit')) for o in runs}),sum(o['accuracy']>row for o in runs),unfinished_runs(out)
     return [s for cond,s in (
@@ -100,13 +101,19 @@ def _missing(out, runs, link):
         (lack, f"Not counted: {'; '.join(f'{k}: {v}' for k,v in lack.items())}."),
         (above<=.8*n, f"{above} of {n} runs are above {row:.2f} %, the row that stands: the rules ask for more than 80 % of them.")) if cond]
 
+def _labels_words(r):
+    "What labels are of, and what the folders of train are for that val hasn't"
+    n,own = f"Labels are those of the {r['counts']['labeled']:,} images of train in",f"the {len(r['classes'])} classes of val"
+    return {None:f"{n} {own}; the other folders of train aren't used.", 'images':f"{n} {own}; the other folders of train are among the unlabelled images.",
+            'labels':f"{n} all its classes, and predictions are judged among {own}.", 'both':f"{n} all its classes, which are all among the unlabelled images; predictions are judged among {own}."}[r.get('extra')]
+
 def _kept(r):
     "How the rules were kept, in sentences"
     c = r['counts']
     return [f"Random weights at the start: {r['arch']}, drawn from the seed of each run.",
             f"Validation images are crops of {r['size']} px, as training images are, and each is classified once.",
             f"An epoch is one pass over the {c['unlabeled']:,} unlabelled images, {r['steps_per_epoch']:,} steps of {r['unlabeled_bs']} of them and {r['bs']} labelled ones; val is {'' if r['val_in_pool'] else 'not '}among them, and labels of unsup and val are never trained on.",
-            f"Labels are those of the {c['labeled']:,} images of train in the {len(r['classes'])} classes of val; the other folders of train aren't used.",
+            _labels_words(r),
             "Accuracy is top-1 on val after the last epoch."]
 
 def _log(o, most=12):

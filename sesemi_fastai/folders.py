@@ -41,9 +41,10 @@ class FolderFiles:
     valid:list          # Files for validation
     unlabeled:list      # Files whose class isn't read
     vocab:list          # Names of the classes
-    left_out:dict       # Classes that validation hasn't, and how many files each has
+    left_out:dict       # Classes that validation hasn't and that aren't used, and how many files each has
     path:Path           # Folder of the images
     label:ClassFolder   # Gives the class of a file
+    extra:tuple=()      # Names of the last classes of `vocab`, which validation hasn't
 
     def all(self):
         "Each file once"
@@ -53,13 +54,18 @@ class FolderFiles:
         "The class whose folder the labelled or validation image `p` is in"
         return self.label(p)
 
+    @property
+    def valid_vocab(self):
+        "Names of the classes that validation has, the first of `vocab`"
+        return self.vocab[:len(self.vocab)-len(self.extra)]
+
     def with_labels(self, per_class):
-        "The same with the labels of the first `per_class` files of each class, in the order of their names; the pool stays as it is"
+        "The same with the labels of the first `per_class` files of each class that validation has, in the order of their names; the pool stays as it is"
         of = groupby(self.labeled, self.class_of)
         if per_class<1: raise ValueError(f"labels_per_class={per_class} must be 1 or more.")
-        few = {k:len(v) for k,v in of.items() if len(v)<per_class}
+        few = {k:len(of[k]) for k in self.valid_vocab if len(of[k])<per_class}
         if few: raise ValueError(f"labels_per_class={per_class} is more than there are of {', '.join(f'{printable(k)} ({n})' for k,n in few.items())}: use {min(few.values())} or fewer.")
-        return replace(self, labeled=[o for k in self.vocab for o in of[k][:per_class]])
+        return replace(self, labeled=[o for k in self.vocab for o in of[k][:None if k in self.extra else per_class]])
 
     def without(self, files):
         "The same without `files`; raises where a class would be left without images"
@@ -67,8 +73,8 @@ class FolderFiles:
         if not skip: return self
         keep = lambda fs: [o for o in fs if os.path.abspath(o) not in skip]
         res = replace(self, labeled=keep(self.labeled), valid=keep(self.valid), unlabeled=keep(self.unlabeled))
-        for what,now in (('labelled',res.labeled),('validation',res.valid)):
-            lost = set(self.vocab)-set(map(self.class_of, now))
+        for what,now,has in (('labelled',res.labeled,self.vocab),('validation',res.valid,self.valid_vocab)):
+            lost = set(has)-set(map(self.class_of, now))
             if lost: raise ValueError(f"No {what} image of {', '.join(map(printable, sorted(lost)))} is left: put some there that can be read, or exclude fewer.")
         return res
 
@@ -90,7 +96,8 @@ def split_folder(
     train:str='train', # Folder of labelled images, one folder a class
     valid:str='val', # Folder of validation images, one folder a class
     unlabeled:tuple=('train','val','unsup'), # Folders of unlabelled images, searched at any depth
-    exclude=() # Files to leave out of every stream, or a JSON file that lists them
+    exclude=(), # Files to leave out of every stream, or a JSON file that lists them
+    extra:str=None # What classes of `train` that `valid` hasn't are for: 'labels', 'images' or 'both'; left out by default
 )->FolderFiles:
     "Which files of `path` are labelled, for validation and unlabelled"
     path = Path(path).expanduser()
@@ -100,10 +107,14 @@ def split_folder(
     for nm,o in ((train,tr),(valid,va)):
         if not o: raise ValueError(f"{path/nm} holds no images in class folders: put each class's images in a folder of its name.")
     if (lack := sorted(set(va)-set(tr))): raise ValueError(f"{path/train} has no images of {', '.join(lack)}, which {path/valid} has: add them, or remove the class from {valid!r}.")
-    left_out = {k:len(v) for k,v in tr.items() if k not in va}
-    pool = {}
+    left_out,pool = {k:len(v) for k,v in tr.items() if k not in va},{}
+    if extra not in (None,'labels','images','both'): raise ValueError(f"extra={extra!r} isn't known: use 'labels', 'images' or 'both'.")
+    if extra and not left_out: raise ValueError(f"extra={extra!r} is for classes that only {path/train} has, and {path/valid} has them all: leave it out.")
     for nm in ([unlabeled] if isinstance(unlabeled,str) else unlabeled):
         folder = _need_dir(path/nm, f"name the folders of unlabelled images with unlabeled=(...)")
         pool.update(dict.fromkeys(find_images(folder, left_out if Path(nm)==Path(train) else ())))
-    res = FolderFiles([o for k in va for o in tr[k]], [o for fs in va.values() for o in fs], list(pool), list(va), left_out, path, ClassFolder(path, (train,valid)))
+    if extra in ('images','both'): pool.update((o,None) for k in left_out for o in tr[k])
+    further = tuple(left_out) if extra in ('labels','both') else ()
+    vocab = [*va,*further]
+    res = FolderFiles([o for k in vocab for o in tr[k]], [o for fs in va.values() for o in fs], list(pool), vocab, {} if extra else left_out, path, ClassFolder(path, (train,valid)), further)
     return res.without(read_exclude(exclude, path))

@@ -68,6 +68,10 @@ def _image_words(cfg, dls):
     few = f" ({cfg.labels_per_class} of each class; other labels aren't read)" if cfg.labels_per_class else ''
     return f"Images     {c['labeled']:,} labelled{few}, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation"
 
+def _extra_words(cfg, dls):
+    "What classes that validation hasn't are for"
+    return f"Extra      classes of train that val hasn't are "+dict(labels="learned too", images="among the unlabelled images", both="learned too, and among the unlabelled images")[cfg.extra]+(f": {len(dls.vocab)} in all, of which val is judged among {len(dls.valid_vocab)}" if cfg.extra!='images' else '')
+
 def run_plan(
     cfg:RunConfig, # One run
     dls:PairedDataLoaders, # Its data
@@ -82,7 +86,8 @@ def run_plan(
     secs = seconds_per_step(learn, per_image) + (seconds_per_step(learn, 0) if baseline else 0)
     passes = lambda b: f'{round(total*cfg.passes_per_step(bs, b)):,}'
     lines = [f"Data       {printable(cfg.dataset)}: {printable(dls.path)}",
-             f"Classes    {len(dls.vocab)}: {', '.join(map(printable, class_names(dls.vocab, names)))}"]
+             f"Classes    {len(dls.valid_vocab)}: {', '.join(map(printable, class_names(dls.valid_vocab, names)))}"]
+    if cfg.extra: lines.append(_extra_words(cfg, dls))
     if dls.left_out: lines.append(f"Left out   {len(dls.left_out)} folders of train ({sum(dls.left_out.values()):,} images) that are no class of val; they stay on disk")
     if bad: lines.append(f"Bad        {len(bad)} images can't be read and are left out: "+', '.join(f'{printable(p)} ({w})' for p,w in bad[:5])+', …'*(len(bad)>5))
     lines += [_image_words(cfg, dls),
@@ -163,6 +168,7 @@ def sesemi_imagewang(
     recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32; best: fast with fastai's own network, optimizer and label smoothing [reference; sample gentle]
     cache:str=None, # Folder for decoded images of the fast recipe, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
+    extra:str=None, # What classes of train that val hasn't are for: labels, to learn them too; images, as unlabelled ones; or both [left out, as published]
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     deterministic:bool=False, # The same bits each time on a GPU too, at some cost in time
@@ -205,7 +211,7 @@ def imagewang_runs(
 
 def _config(args):
     "Options as a `RunConfig`; raises for what can be known to be wrong before anything is read, fetched or made"
-    data,given = args['data'],{k:args[k] for k in ('size','epochs','arch','unlabeled_bs','bs','labels_per_class','lr','warmup_epochs','opt','schedule','dropout','label_smoothing','mixup','progressive','recipe','objective','steps','num_workers','cache','bn_groups') if args[k] is not None}
+    data,given = args['data'],{k:args[k] for k in ('size','epochs','arch','unlabeled_bs','bs','labels_per_class','lr','warmup_epochs','opt','schedule','dropout','label_smoothing','mixup','progressive','recipe','objective','extra','steps','num_workers','cache','bn_groups') if args[k] is not None}
     same = {k:args[k] for k in ('seed','ema','bf16','backward','exclude','on_bad_image','deterministic')}
     if args['resume'] and not args['out']: raise ValueError("--resume needs --out: name the folder of the runs to go on with.")
     if args['no_val']: given['val_in_pool'] = False

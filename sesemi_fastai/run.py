@@ -54,6 +54,7 @@ class RunConfig:
     warmup_epochs:float=None    # By default the smaller of 10 and an eighth of `epochs`
     recipe:str='reference'      # See `recipes`
     val_in_pool:bool=True       # Whether validation images are among the unlabelled ones
+    extra:str=None              # What classes that validation hasn't are for, see `PairedDataLoaders.from_folder`; left out by default
     steps:int=None              # Steps an epoch, for trials; one pass by default
     bf16:bool=False             # bfloat16 autocast
     objective:str=None          # What is asked of unlabelled images, see `parse_objectives`
@@ -80,10 +81,11 @@ class RunConfig:
         if not 0<=self.mixup<math.inf: raise ValueError(f"mixup={self.mixup} must be 0, for none, or more, such as 0.2.")
         if self.schedule=='flat_cos' and self.warmup_epochs is not None: raise ValueError(f"schedule='flat_cos' has no warm-up: leave warmup_epochs={self.warmup_epochs} out.")
         if self.ema is not None and not 0<self.ema<1: raise ValueError(f"ema={self.ema} must be between 0 and 1, such as 0.999.")
-        for k,known in dict(backward=('joint','sequential'), on_bad_image=('error','skip'), schedule=('poly','cosine','flat_cos')).items():
-            if (v := getattr(self, k)) not in known: raise ValueError(f"{k}={v!r} isn't known: use {', '.join(known[:-1])} or {known[-1]}.")
+        for k,known in dict(backward=('joint','sequential'), on_bad_image=('error','skip'), schedule=('poly','cosine','flat_cos'), extra=(None,'labels','images','both')).items():
+            if (v := getattr(self, k)) not in known: raise ValueError(f"{k}={v!r} isn't known: use {', '.join(known[known[0] is None:-1])} or {known[-1]}.")
         get_arch(self.arch); get_opt_func(self.opt)
         self.objective = objective_text(parse_objectives(self.objective)); self.objectives()
+        if self.extra=='labels' and any(getattr(o,'align',None) for o in self.objectives()): raise ValueError("extra='labels' gives classes that no unlabelled image has, and predictions can't be aligned with those: use 'both', or leave out align.")
 
     def objectives(self):
         "Its objectives, made anew"
@@ -112,12 +114,12 @@ class RunConfig:
         for k in ('unlabeled_bs','bs'):
             if (v := getattr(self, k)) and v%self.processes: raise ValueError(f"{k}={v} can't be shared by {self.processes} processes: use a multiple of their number.")
         return PairedDataLoaders.from_folder(self.data, unlabeled=('train','val','unsup') if self.val_in_pool else ('train','unsup'), size=self.size,
-            unlabeled_bs=self.unlabeled_bs//self.processes, bs=self.bs and self.bs//self.processes, labels_per_class=self.labels_per_class, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, verbose=False,
+            unlabeled_bs=self.unlabeled_bs//self.processes, bs=self.bs and self.bs//self.processes, labels_per_class=self.labels_per_class, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, extra=self.extra, verbose=False,
             cache=False if self.cache=='none' else self.cache, exclude=self.exclude or (), on_bad_image=self.on_bad_image)
 
     def settings(self, baseline=False):
         "What makes it the same run, wherever its files are"
-        late = 'deterministic','label_smoothing','mixup','progressive'   # absent where off, as before there were these settings
+        late = 'deterministic','label_smoothing','mixup','progressive','extra'   # absent where off, as before there were these settings
         return {k:v for k,v in asdict(self).items() if k not in ('data','dataset','num_workers','cache') and (k not in late or v)}|dict(baseline=baseline)
 
     def learner(self, dls):
@@ -126,7 +128,7 @@ class RunConfig:
         if groups!=1 and groups%self.processes: raise ValueError(f"bn_groups={groups} can't be shared by {self.processes} processes: use 1, for all together, or a multiple of their number.")
         if groups<self.processes and not torch.cuda.is_available(): raise ValueError(f"bn_groups=1 in {self.processes} processes needs a GPU for each: use {self.processes} groups or more.")
         with seeded(random_key(self.seed, 'weights')):
-            return sesemi_learner(dls, get_arch(self.arch), self.dropout, get_opt_func(self.opt)[0], self.label_smoothing, self.mixup, self.progressive, metrics=accuracy, bn_groups=max(1, groups//self.processes), cbs=BFloat16() if self.bf16 else None)
+            return sesemi_learner(dls, get_arch(self.arch), self.dropout, get_opt_func(self.opt)[0], self.label_smoothing, self.mixup, self.progressive, metrics=accuracy_among(dls.valid_vocab), bn_groups=max(1, groups//self.processes), cbs=BFloat16() if self.bf16 else None)
 
 # %% ../nbs/14_run.ipynb #62e5306e
 def _commit():
@@ -249,7 +251,7 @@ def _results(cfg, learn, dls, seconds, baseline):
     if cfg.processes>1: acc = learn.validate()[1]   # each image once, where the epoch's share was filled up
     total,chance = n*cfg.epochs,{f'{o.name}_{o.figure}':o.chance for o in cfg.objectives() if o.chance is not None}
     return asdict(cfg)|dict(accuracy=100*acc, steps=total, steps_per_epoch=n, baseline=baseline, bs=bs, processes=cfg.processes, image_passes=round(total*cfg.passes_per_step(bs, baseline)),
-        counts=image_counts(dls), classes=list(map(printable, dls.vocab)), chance=dict(accuracy=1/len(dls.vocab))|chance, bad_images=[(printable(p),w) for p,w in dls.bad_images], seconds=round(seconds, 1), versions=versions(), commit=_commit(), settings=cfg.settings(baseline))
+        counts=image_counts(dls), classes=list(map(printable, dls.valid_vocab)), chance=dict(accuracy=1/len(dls.valid_vocab))|chance, bad_images=[(printable(p),w) for p,w in dls.bad_images], seconds=round(seconds, 1), versions=versions(), commit=_commit(), settings=cfg.settings(baseline))
 
 def _write_results(folder, learn, steps, res):
     "Weights, steps, and last the results: a folder that has them is a run that finished"

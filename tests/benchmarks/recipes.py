@@ -1,6 +1,6 @@
 """What the parts of a recipe give at equal image passes, on Imagewang at a short side of 80 px trained at 64: `make recipes`, or
 
-    python tests/benchmarks/recipes.py [--share .25] [--seeds 1] [--only best protocol] [--baseline]
+    python tests/benchmarks/recipes.py [--share .25] [--seeds 0 1 2] [--only best protocol] [--baseline]
 
 `--share` of the 310,656 image passes that the reference's 2,427 steps of 64 labelled images and 16 unlabelled ones in four turns are; `--baseline` trains supervised baselines of as many steps.
 A run goes on where it was cut (in runs/recipes); each that ends is a line in results/recipes/trials.jsonl, and isn't repeated. Half of the validation images, by their names, is for choosing, the other for reporting."""
@@ -8,7 +8,7 @@ import argparse,hashlib,os,sys
 from pathlib import Path
 sys.path.insert(1, str(Path(__file__).parent.parent))
 from fastai.vision.all import torch
-from sesemi_fastai.all import RunConfig,train_run
+from sesemi_fastai.all import RunConfig,accuracy_among,train_run
 from sesemi_fastai.images import unpack
 from sesemi_fastai.report import read_csv
 from common import machine
@@ -21,9 +21,13 @@ protocol = dict(recipe='fast', arch='resnet18', bs=64, unlabeled_bs=16)
 best = dict(recipe='best', arch='xresnet18_mish', bs=64, unlabeled_bs=64)
 trials = dict(protocol=protocol, best=best, best_bs32=best|dict(bs=32, unlabeled_bs=32), best_bs32_96=best|dict(bs=32, unlabeled_bs=96), best_mixup=best|dict(mixup=.2), best_progressive=best|dict(progressive=.5),
     best_four=best|dict(unlabeled_bs=16, objective='rotation'), best_relu=best|dict(arch='xresnet18'), best_resnet=best|dict(arch='resnet18'), best_no_smoothing=best|dict(label_smoothing=0.), best_ema=best|dict(ema=.998),
+    best_extra_labels=best|dict(extra='labels'), best_extra_images=best|dict(extra='images'), best_extra=best|dict(extra='both'),
+    relu_extra=best|dict(arch='xresnet18', extra='both'), relu_extra_images=best|dict(arch='xresnet18', extra='images'), relu_bs32=best|dict(arch='xresnet18', bs=32, unlabeled_bs=32), relu_bs32_96=best|dict(arch='xresnet18', bs=32, unlabeled_bs=96),
+    relu_bs16_48=best|dict(arch='xresnet18', bs=16, unlabeled_bs=48), relu_mixup=best|dict(arch='xresnet18', mixup=.4), relu_fixmatch=best|dict(arch='xresnet18', unlabeled_bs=40, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'),
     best_fixmatch=best|dict(unlabeled_bs=40, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'), best_bn=best|dict(objective='rotation(views=one,bn=batch)'))
 
-def config(path, name, share, seed, epochs=4):
+def config(path, name, share, seed):
+    epochs = max(4, round(12*share))   # looks at the accuracy
     cfg = dict(data=str(path), dataset='imagewang-80', size=64, epochs=epochs, seed=seed, num_workers=0)|trials[name]
     n = RunConfig(**cfg).passes_per_step(cfg['bs'])
     return RunConfig(**cfg, steps=round(passes*share/n/epochs))
@@ -33,9 +37,8 @@ def halves(cfg, folder):
     dls = cfg.dls(); learn = cfg.learner(dls)
     learn.model.load_state_dict(torch.load(folder/'model.pth', weights_only=True))
     with learn.no_bar(): p,y = learn.get_preds(dl=dls.valid)
-    report = torch.tensor([hashlib.sha1(Path(o).name.encode()).digest()[0]%2==1 for o in dls.valid.items])
-    ok = (p.argmax(1)==y).float()
-    return 100*ok[~report].mean().item(),100*ok[report].mean().item()
+    acc,report = accuracy_among(dls.valid_vocab),torch.tensor([hashlib.sha1(Path(o).name.encode()).digest()[0]%2==1 for o in dls.valid.items])
+    return tuple(100*acc(p[o], y[o]).item() for o in (~report,report))
 
 def run(path, name, share, seed, baseline):
     "Train once; the line to be written"
@@ -47,14 +50,14 @@ def run(path, name, share, seed, baseline):
 
 def main(args):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--share', type=float, default=1.); p.add_argument('--seeds', type=int, default=1); p.add_argument('--only', nargs='*', choices=list(trials), default=list(trials)); p.add_argument('--baseline', action='store_true')
+    p.add_argument('--share', type=float, default=1.); p.add_argument('--seeds', type=int, nargs='*', default=[0]); p.add_argument('--only', nargs='*', choices=list(trials), default=list(trials)); p.add_argument('--baseline', action='store_true')
     a = p.parse_args(args)
     if 'SESEMI_TEST_DATA' not in os.environ: sys.exit("make recipes needs Imagewang: set SESEMI_TEST_DATA to a folder that has imagewang-80.tgz.")
     path = unpack(Path(os.environ['SESEMI_TEST_DATA'])/'imagewang-80.tgz')
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    for seed in range(a.seeds):
+    for seed in a.seeds:
         for name in a.only:
-            if (name,a.share,seed,a.baseline) in {(r['name'],r['share'],r['seed'],r['baseline']) for r in log.read()}: continue
+            if any((r['settings'],r['share'],r['seed'],r['baseline'])==(trials[name],a.share,seed,a.baseline) for r in log.read()): continue
             r = run(path, name, a.share, seed, a.baseline)
             log.add(**r)
             print(f"{name}{' baseline' if a.baseline else ''}, seed {seed}: {r['accuracy']:.2f} % ({r['choose']:.2f} and {r['report']:.2f} on the halves), {r['passes']:,} passes in {r['seconds']:.0f} s", flush=True)
