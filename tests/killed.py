@@ -80,7 +80,7 @@ def fit(cfg, out, moment, every, rank, pause, tune):
             if tune:
                 learn.splitter = lambda m: [params(nn.Sequential(*list(m.children())[:-1])), params(m.fc)]
                 learn.fine_tune(cfg.epochs, freeze_epochs=1, cbs=cbs)
-            else: learn.fit_poly_warmup(cfg.epochs, cfg.lr, cbs=cbs)
+            else: cfg.fit(learn, cbs)
     except TrainingStopped as e: print(e, flush=True); sys.exit(128+e.signal)
     opt = learn.opt.opt.state_dict()
     with learn.no_bar(): preds = learn.get_preds()

@@ -64,6 +64,13 @@ def test_killed_with_two_ranks_and_the_fast_recipe(processes, folder, tmp_path):
     pytest.importorskip('accelerate')
     survive(processes, folder, tmp_path, [('before_step',7)], dict(num_workers=0, recipe='fast', cache='none'), every=2, ranks=2)
 
+@pytest.mark.parametrize('moment,ranks', [(('before_step',4),1), (('after_loss',7),2)], ids=['alone','two'])
+def test_killed_with_the_best_recipe_and_its_options(processes, folder, tmp_path, moment, ranks):
+    "Further classes, MixUp, label smoothing, images that grow, averaged weights, Ranger and its schedule"
+    if ranks>1: pytest.importorskip('accelerate')
+    kw = dict(num_workers=0, recipe='best', cache='none', size=64, arch='resnet10_8', extra='both', mixup=.4, progressive=.6, ema=.9, lr=.008)
+    survive(processes, folder, tmp_path, [moment], kw, every=2, ranks=ranks)
+
 def stopped(processes, folder, out, kw, moment, signals, to_group=True, **more):
     "How a run ended that waited at `moment`, where `signals` were sent to it and its workers, as a scheduler or a terminal does"
     pause = out.with_suffix('.pause'); pause.unlink(missing_ok=True)

@@ -123,6 +123,26 @@ def test_settings_of_training_of_the_command(folder, tmp_path, capsys):
         want = [.003/25+.003*24/25*t/4 if t<4 else .0015*(1+math.cos(math.pi*(t-4)/4)) for t in range(8)]
         assert read_csv(tmp_path/f'out/{kind}-0/steps.csv')['lr']==pytest.approx(want, rel=1e-5)
 
+def test_classes_that_val_has_not(folder, tmp_path, capsys, predict_alone):
+    "`--extra`: in plan, results and report; the accuracy is among the classes of val, of weights that know all, and the export knows all"
+    options = [str(folder),'--recipe','best','--arch','resnet10_8','--cache','none','--size','32','--epochs','1','--steps','4','--unlabeled_bs','4','--num_workers','0']
+    for extra,n_out,counts,words in (('labels',3,(19,36),'learned too: 3 in all, of which val is judged among 2'), ('images',2,(16,39),'among the unlabelled images'), ('both',3,(19,39),'learned too, and among the unlabelled images: 3 in all')):
+        imagewang_command([*options,'--extra',extra,'--out',str(tmp_path/extra)])
+        said,res,weights = capsys.readouterr().out,json.loads((tmp_path/extra/'run-0/results.json').read_text()),torch.load(tmp_path/extra/'run-0/model.pth', weights_only=True)
+        assert f"Extra      classes of train that val hasn't are {words}" in said and 'Left out' not in said and f"further classes of train for {'labels and images' if extra=='both' else extra}" in (tmp_path/extra/'leaderboard.md').read_text()
+        assert (res['counts']['labeled'],res['counts']['unlabeled'],res['extra'],res['settings']['extra'],res['classes'],res['chance']['accuracy'])==(*counts,extra,extra,['a','b'],.5) and weights['fc.weight'].shape[0]==n_out
+        cfg = config(folder, recipe='best', arch='resnet10_8', cache='none', extra=extra); dls = cfg.dls(); learn = cfg.learner(dls)
+        learn.model.load_state_dict(weights)
+        with learn.no_bar(): p,y = learn.get_preds()
+        assert p.shape[1]==n_out and res['accuracy']==pytest.approx(100*(p[:,:2].argmax(1)==y).float().mean().item(), abs=1e-3)
+    learn.export(tmp_path/'export.pkl')
+    file = dls.valid.items[0]
+    alone = predict_alone(tmp_path/'export.pkl', file, "assert learn.dls.vocab==['a','b','left']")
+    assert alone==pytest.approx(p[0].tolist(), abs=.02)
+    with pytest.raises(ValueError, match="extra='all'"): config(folder, extra='all')
+    with pytest.raises(ValueError, match="extra='labels'.*align"): config(folder, extra='labels', objective='fixmatch(align=uniform)')
+    config(folder, extra='both', objective='fixmatch(align=uniform)')
+
 def test_flat_cos(folder, tmp_path):
     train_run(config(folder, opt='ranger', schedule='flat_cos', epochs=5), tmp_path/'run', baseline=True, plain=True)
     lrs = read_csv(tmp_path/'run/steps.csv')['lr']
