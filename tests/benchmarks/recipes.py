@@ -4,7 +4,7 @@
 
 `--share` of the 310,656 image passes that the reference's 2,427 steps of 64 labelled images and 16 unlabelled ones in four turns are; `--baseline` trains supervised baselines of as many steps.
 A run goes on where it was cut (in runs/recipes); each that ends is a line in results/recipes/trials.jsonl, and isn't repeated. Half of the validation images, by their names, is for choosing, the other for reporting."""
-import argparse,hashlib,os,sys
+import argparse,csv,hashlib,os,sys
 from pathlib import Path
 sys.path.insert(1, str(Path(__file__).parent.parent))
 from fastai.vision.all import torch
@@ -22,6 +22,7 @@ best = dict(recipe='best', arch='xresnet18_mish', bs=64, unlabeled_bs=64)
 trials = dict(protocol=protocol, best=best, best_bs32=best|dict(bs=32, unlabeled_bs=32), best_bs32_96=best|dict(bs=32, unlabeled_bs=96), best_mixup=best|dict(mixup=.2), best_progressive=best|dict(progressive=.5),
     best_four=best|dict(unlabeled_bs=16, objective='rotation'), best_relu=best|dict(arch='xresnet18'), best_resnet=best|dict(arch='resnet18'), best_no_smoothing=best|dict(label_smoothing=0.), best_ema=best|dict(ema=.998),
     best_extra_labels=best|dict(extra='labels'), best_extra_images=best|dict(extra='images'), best_extra=best|dict(extra='both'),
+    bs32_progressive=best|dict(bs=32, unlabeled_bs=32, progressive=.5), bs32_progressive_mixup=best|dict(bs=32, unlabeled_bs=32, progressive=.5, mixup=.4),
     relu_extra=best|dict(arch='xresnet18', extra='both'), relu_extra_images=best|dict(arch='xresnet18', extra='images'), relu_bs32=best|dict(arch='xresnet18', bs=32, unlabeled_bs=32), relu_bs32_96=best|dict(arch='xresnet18', bs=32, unlabeled_bs=96),
     relu_bs16_48=best|dict(arch='xresnet18', bs=16, unlabeled_bs=48), relu_mixup=best|dict(arch='xresnet18', mixup=.4), relu_fixmatch=best|dict(arch='xresnet18', unlabeled_bs=40, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'),
     best_fixmatch=best|dict(unlabeled_bs=40, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'), best_bn=best|dict(objective='rotation(views=one,bn=batch)'))
@@ -40,13 +41,17 @@ def halves(cfg, folder):
     acc,report = accuracy_among(dls.valid_vocab),torch.tensor([hashlib.sha1(Path(o).name.encode()).digest()[0]%2==1 for o in dls.valid.items])
     return tuple(100*acc(p[o], y[o]).item() for o in (~report,report))
 
+def seconds(file):
+    "Of each epoch, from fastai's `history.csv`, where they are minutes or hours"
+    with open(file, newline='') as f: return [sum(int(n)*60**i for i,n in enumerate(reversed(r['time'].split(':')))) for r in csv.DictReader(f)]
+
 def run(path, name, share, seed, baseline):
     "Train once; the line to be written"
     cfg = config(path, name, share, seed)
     folder = work/f"{name}{'-baseline' if baseline else ''}-{share:g}-{seed}"
     r = train_run(cfg, folder, baseline=baseline, plain=True, resume=True, save_every='5 minutes')
     choose,report = halves(cfg, folder)
-    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=read_csv(folder/'history.csv'), settings=trials[name], machine=machine())
+    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=read_csv(folder/'history.csv')|dict(seconds=seconds(folder/'history.csv')), settings=trials[name], machine=machine())
 
 def main(args):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
