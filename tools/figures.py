@@ -1,10 +1,10 @@
 "Draw what pages show, from the results of runs: `python tools/figures.py`"
-import csv,json,statistics
+import csv,itertools,json,statistics
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from readme import differences,data_words,objective_runs,objective_words,root
+from readme import differences,data_words,objective_runs,objective_words,recipe_runs,root,trial_words
 
 def effect(folder=root/'tests/benchmarks/results/imagewang-80', to=root/'nbs/images/effect.png'):
     "Validation accuracy of runs and their supervised baselines, by step"
@@ -45,4 +45,20 @@ def objectives(folder=root/'tests/benchmarks/results/objectives', to=root/'nbs/i
     fig.legend([shown[k] for k in sorted(shown)], sorted(shown), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
     fig.savefig(to, dpi=110); plt.close(fig)
 
-if __name__=='__main__': effect(); objectives()
+def recipes(to=root/'nbs/images/recipes.png', share=1., names=('best','best, supervised baseline','protocol','protocol, supervised baseline')):
+    "Accuracy over image passes, and over the time that they took: each run of a recipe, and the mean of its seeds"
+    by = recipe_runs(share); names = [o for o in names if o in by]
+    if not names: return
+    fig,axs = plt.subplots(1, 2, figsize=(7.4,3.4), layout='constrained', sharey=True)
+    for k,color in zip(names, ('tab:blue','tab:cyan','tab:gray','silver')):
+        acc = [[100*o for o in r['history']['accuracy']] for r in by[k]]
+        for r,ys in zip(by[k], acc):
+            clock = itertools.accumulate(r['history']['seconds'])
+            for ax,xs in zip(axs, ([(i+1)*r['passes']/len(ys)/1000 for i in range(len(ys))],[o/60 for o in clock])):
+                ax.plot(xs, ys, color=color, lw=1, alpha=.6, label=k if r is by[k][0] else None); ax.plot(xs[-1], ys[-1], 'o', color=color, ms=4)
+    for ax,what in zip(axs, ('thousand image passes','minutes on one thread')):
+        ax.set_xlabel(what); ax.grid(alpha=.3); ax.spines[['top','right']].set_visible(False); ax.set_ylim(8); ax.set_xlim(0)
+    axs[0].set_ylabel('validation accuracy, %'); axs[0].legend(loc='lower right', frameon=False, fontsize=8)
+    fig.savefig(to, dpi=110); plt.close(fig)
+
+if __name__=='__main__': effect(); objectives(); recipes()

@@ -200,6 +200,13 @@ trial_words = dict(protocol="the published network, optimizer and schedule, four
     best_bs32_96='`best`, 32 labelled and 96 unlabelled images a step', best_mixup='`best` with MixUp', best_progressive='`best` with images that grow', best_four='`best` with four turns of each image', best_relu='`best` with ReLU',
     best_resnet="`best` with torchvision's ResNet-18", best_no_smoothing='`best` without label smoothing', best_ema='`best` with averaged weights', best_fixmatch='`best` with FixMatch beside rotation', best_bn='`best`, unlabelled passes that move no running averages')
 
+def recipe_runs(share):
+    "Runs of tests/benchmarks/recipes.py of a share of the passes, by name; baselines apart"
+    by,file = {},results/'recipes/trials.jsonl'
+    for r in map(json.loads, file.read_text(encoding='utf-8').splitlines() if file.exists() else []):
+        if r['share']==share: by.setdefault(r['name']+', supervised baseline'*r['baseline'],[]).append(r)
+    return by
+
 def tried_recipes():
     "What recipes reached at equal image passes in the runs of tests/benchmarks/recipes.py"
     file,by = results/'recipes/trials.jsonl',{}
