@@ -120,6 +120,15 @@ def test_not_enough_memory(folder, tmp_path, capsys, monkeypatch):
     status,said = command(capsys, folder, '--recipe','fast','--size',32,'--arch','resnet10_16','--unlabeled_bs',4, '--out', tmp_path/'out', '--cache', tmp_path/'cache')
     assert status==2 and len(said.err.strip().splitlines())==1 and 'not enough memory' in said.err
 
+def test_trials_of_recipes_have_equal_passes(monkeypatch):
+    "Each within a hundredth of the reference's, in as many steps as that takes; the halves of val are fixed by name"
+    monkeypatch.syspath_prepend(str(Path(__file__).parent/'benchmarks'))
+    import recipes
+    for name in recipes.trials:
+        for share in (1,.25):
+            cfg = recipes.config('images', name, share, 0)
+            assert cfg.epochs*cfg.steps*cfg.passes_per_step(cfg.bs)==pytest.approx(share*recipes.passes, rel=.01), name
+
 @pytest.mark.slow
 def test_benchmarks_run(tmp_path):
     "In their quick mode, on images they make: each writes its file, with the machine, and the images are drawn"

@@ -198,7 +198,8 @@ def measured_objectives():
 # What the runs of tests/benchmarks/recipes.py are called
 trial_words = dict(protocol="the published network, optimizer and schedule, four turns of each image", best='`best`: xresnet18 with Mish, Ranger, label smoothing, one turn of each image', best_bs32='`best`, 32 images of each kind a step',
     best_bs32_96='`best`, 32 labelled and 96 unlabelled images a step', best_mixup='`best` with MixUp', best_progressive='`best` with images that grow', best_four='`best` with four turns of each image', best_relu='`best` with ReLU',
-    best_resnet="`best` with torchvision's ResNet-18", best_no_smoothing='`best` without label smoothing', best_ema='`best` with averaged weights', best_fixmatch='`best` with FixMatch beside rotation', best_bn='`best`, unlabelled passes that move no running averages')
+    best_resnet="`best` with torchvision's ResNet-18", best_no_smoothing='`best` without label smoothing', best_ema='`best` with averaged weights', best_fixmatch='`best` with FixMatch beside rotation', best_bn='`best`, unlabelled passes that move no running averages',
+    relu_extra="`best` with ReLU, Imagenette's classes as labels and images", relu_extra_images="`best` with ReLU, Imagenette's classes as images", relu_bs32_96='`best` with ReLU, 32 labelled and 96 unlabelled images a step')
 
 def recipe_runs(share):
     "Runs of tests/benchmarks/recipes.py of a share of the passes, by name; baselines apart"

@@ -23,6 +23,7 @@ trials = dict(protocol=protocol, best=best, best_bs32=best|dict(bs=32, unlabeled
     best_four=best|dict(unlabeled_bs=16, objective='rotation'), best_relu=best|dict(arch='xresnet18'), best_resnet=best|dict(arch='resnet18'), best_no_smoothing=best|dict(label_smoothing=0.), best_ema=best|dict(ema=.998),
     best_extra_labels=best|dict(extra='labels'), best_extra_images=best|dict(extra='images'), best_extra=best|dict(extra='both'),
     bs32_progressive=best|dict(bs=32, unlabeled_bs=32, progressive=.5), bs32_progressive_mixup=best|dict(bs=32, unlabeled_bs=32, progressive=.5, mixup=.4),
+    bs32_longer_mixup=best|dict(bs=32, unlabeled_bs=32, progressive=.75, mixup=.4),
     bs16_48_progressive=best|dict(bs=16, unlabeled_bs=48, progressive=.5),
     relu_extra=best|dict(arch='xresnet18', extra='both'), relu_extra_images=best|dict(arch='xresnet18', extra='images'), relu_bs32=best|dict(arch='xresnet18', bs=32, unlabeled_bs=32), relu_bs32_96=best|dict(arch='xresnet18', bs=32, unlabeled_bs=96),
     relu_bs16_48=best|dict(arch='xresnet18', bs=16, unlabeled_bs=48), relu_mixup=best|dict(arch='xresnet18', mixup=.4), relu_fixmatch=best|dict(arch='xresnet18', unlabeled_bs=40, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'),
