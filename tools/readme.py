@@ -196,10 +196,12 @@ def measured_objectives():
     return '\n'.join(['In brackets: points above the baseline of the same seed'+', ± the standard error over seeds' *any(' ± ' in o for o in parts)+'.', '', '![Points of accuracy above the baseline for each objective, alone and beside rotation, a dot for each seed](images/objectives.png)', *parts])
 
 # What the runs of tests/benchmarks/recipes.py are called
-trial_words = dict(protocol="the published network, optimizer and schedule, four turns of each image", best='`best`: xresnet18 with Mish, Ranger, label smoothing, one turn of each image', best_bs32='`best`, 32 images of each kind a step',
-    best_bs32_96='`best`, 32 labelled and 96 unlabelled images a step', best_mixup='`best` with MixUp', best_progressive='`best` with images that grow', best_four='`best` with four turns of each image', best_relu='`best` with ReLU',
-    best_resnet="`best` with torchvision's ResNet-18", best_no_smoothing='`best` without label smoothing', best_ema='`best` with averaged weights', best_fixmatch='`best` with FixMatch beside rotation', best_bn='`best`, unlabelled passes that move no running averages',
-    relu_extra="`best` with ReLU, Imagenette's classes as labels and images", relu_extra_images="`best` with ReLU, Imagenette's classes as images", relu_bs32_96='`best` with ReLU, 32 labelled and 96 unlabelled images a step')
+trial_words = dict(protocol='the published training, fast recipe', best='`best`', protocol_one='published, one turn of each of four times as many images', protocol_xresnet='published, xresnet18 with Mish', protocol_ranger='published, Ranger and its schedule', protocol_smoothing='published, label smoothing', protocol_mixup='published, MixUp',
+    protocol_growing='published, images that grow', protocol_no_dropout='published, no dropout', protocol_extra="published, Imagenette's classes as labels and images", best_no_mixup='`best` without MixUp', best_no_growing='`best`, images of one size', best_growing_half='`best`, images that grow in the first half', best_no_smoothing='`best` without label smoothing',
+    best_four='`best`, four turns of a quarter of the images', best_relu='`best`, ReLU', best_resnet="`best`, torchvision's ResNet-18", best_adamw='`best`, AdamW and a cosine', best_nesterov="`best`, the published optimizer and schedule", best_bs64='`best`, 64 images of each kind a step', best_bs16_48='`best`, 16 labelled and 48 unlabelled images a step',
+    best_ema='`best`, averaged weights', best_bn='`best`, unlabelled passes move no running averages', best_fixmatch='`best`, FixMatch beside rotation', best_labels="`best`, Imagenette's classes as labels", best_images="`best`, Imagenette's images in the pool", best_extra="`best`, Imagenette's classes as labels and images",
+    plain='`best`, no MixUp, images of one size', plain_growing='`best`, no MixUp, images that grow in the first half', plain64='`best`, no MixUp, images of one size, 64 a step', relu64='the same, ReLU', relu64_images="the same, ReLU, Imagenette's images in the pool", relu64_extra="the same, ReLU, Imagenette's classes as labels and images",
+    relu32_96='the same, ReLU, 32 labelled and 96 unlabelled images a step')
 
 def recipe_runs(share):
     "Runs of tests/benchmarks/recipes.py of a share of the passes, by name; baselines apart"
@@ -209,16 +211,22 @@ def recipe_runs(share):
     return by
 
 def tried_recipes():
-    "What recipes reached at equal image passes in the runs of tests/benchmarks/recipes.py"
-    file,by = results/'recipes/trials.jsonl',{}
-    if not file.exists(): return 'Not run yet: `make recipes`.'
-    for r in map(json.loads, file.read_text(encoding='utf-8').splitlines()): by.setdefault((r['share'],r['name'],r['baseline']),[]).append(r)
+    "What recipes reached at equal image passes, the best first, a table for each number of passes; a supervised baseline beside each that has one"
+    parts,shares = [],sorted({r['share'] for r in map(json.loads, (results/'recipes/trials.jsonl').read_text(encoding='utf-8').splitlines())}, reverse=True)
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
-    rows = ['| recipe | image passes | seeds | accuracy | on the half for choosing, for reporting | supervised baseline, equal steps |','| --- | --- | --- | --- | --- | --- |']
-    for (share,name,_),runs in sorted((o for o in by.items() if not o[0][2]), key=lambda o: (o[0][0],-mean(o[1],'accuracy'))):
-        base = by.get((share,name,True))
-        rows.append(f"| {trial_words.get(name,name)} | {runs[0]['passes']:,} | {len(runs)} | {with_error([r['accuracy'] for r in runs],'.1f')} % | {mean(runs,'choose'):.1f} %, {mean(runs,'report'):.1f} % | {format(mean(base,'accuracy'),'.1f')+' %' if base else ''} |")
-    return '\n'.join(rows)
+    for by in map(recipe_runs, shares):
+        parts += ['', f"### {next(iter(by.values()))[0]['passes']:,} image passes", '', '| recipe | seeds | accuracy | half for choosing | half for reporting | supervised baseline, equal steps | minutes |','| --- | --- | --- | --- | --- | --- | --- |']
+        for name,rs in sorted(((k,v) for k,v in by.items() if not v[0]['baseline']), key=lambda o: -mean(o[1],'accuracy')):
+            base = by.get(f'{name}, supervised baseline',[])
+            parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f} % | {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {mean(rs,'seconds')/60:.0f} |")
+    return '\n'.join(parts[1:])
+
+def pretrained():
+    "What each objective gave to pretrained weights in the runs of tests/benchmarks/pretrained.py, beside the baseline with the same seeds"
+    base,by = objective_runs(results/'pretrained.jsonl')
+    words = objective_words|dict(fixmatch_bn="FixMatch, `bn='batch'`", fixmatch_ema='FixMatch, averaged weights as teacher', rotation_fixmatch='rotation, one turn, and FixMatch')
+    rows = [f"| {words[k]} | {statistics.mean(o['accuracy'] for o in rs.values()):.1f} % | {with_error(differences(rs,base),'+.1f')} |" for k,rs in sorted(by.items(), key=lambda o: -statistics.mean(differences(o[1],base)))]
+    return '\n'.join(['| on unlabelled images | accuracy | points above the baseline |','| --- | --- | --- |',*rows,f"| nothing: the supervised baseline | {with_error([o['accuracy'] for o in base.values()],'.1f')} % | |"])
 
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
@@ -233,7 +241,7 @@ if __name__=='__main__':
         figures.objectives()
     texts,(acc,said) = {},accuracies()
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
-        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}',tried_recipes()]}
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'which_recipe':[tried_recipes()], 'tutorials/pretrained':[pretrained()]}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])

@@ -18,16 +18,16 @@ here = Path(__file__).parent
 log,work = Log(here/'results'/'recipes'/'trials.jsonl'),here.parent.parent/'runs'/'recipes'
 passes = 310_656
 protocol = dict(recipe='fast', arch='resnet18', bs=64, unlabeled_bs=16)
-best = dict(recipe='best', arch='xresnet18_mish', bs=64, unlabeled_bs=64)
-trials = dict(protocol=protocol, best=best, best_bs32=best|dict(bs=32, unlabeled_bs=32), best_bs32_96=best|dict(bs=32, unlabeled_bs=96), best_mixup=best|dict(mixup=.2), best_progressive=best|dict(progressive=.5),
-    best_four=best|dict(unlabeled_bs=16, objective='rotation'), best_relu=best|dict(arch='xresnet18'), best_resnet=best|dict(arch='resnet18'), best_no_smoothing=best|dict(label_smoothing=0.), best_ema=best|dict(ema=.998),
-    best_extra_labels=best|dict(extra='labels'), best_extra_images=best|dict(extra='images'), best_extra=best|dict(extra='both'),
-    bs32_progressive=best|dict(bs=32, unlabeled_bs=32, progressive=.5), bs32_progressive_mixup=best|dict(bs=32, unlabeled_bs=32, progressive=.5, mixup=.4),
-    bs32_longer_mixup=best|dict(bs=32, unlabeled_bs=32, progressive=.75, mixup=.4),
-    bs16_48_progressive=best|dict(bs=16, unlabeled_bs=48, progressive=.5),
-    relu_extra=best|dict(arch='xresnet18', extra='both'), relu_extra_images=best|dict(arch='xresnet18', extra='images'), relu_bs32=best|dict(arch='xresnet18', bs=32, unlabeled_bs=32), relu_bs32_96=best|dict(arch='xresnet18', bs=32, unlabeled_bs=96),
-    relu_bs16_48=best|dict(arch='xresnet18', bs=16, unlabeled_bs=48), relu_mixup=best|dict(arch='xresnet18', mixup=.4), relu_fixmatch=best|dict(arch='xresnet18', unlabeled_bs=40, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'),
-    best_fixmatch=best|dict(unlabeled_bs=40, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'), best_bn=best|dict(objective='rotation(views=one,bn=batch)'))
+best = dict(recipe='best', arch='xresnet18_mish', bs=32, unlabeled_bs=32)
+plain = best|dict(mixup=0., progressive=0.)   # what was tried before there were MixUp and images that grow in it
+plain64,relu64 = plain|dict(bs=64, unlabeled_bs=64),plain|dict(arch='xresnet18', bs=64, unlabeled_bs=64)
+trials = dict(protocol=protocol, best=best,
+    protocol_one=protocol|dict(unlabeled_bs=64, objective='rotation(views=one)'), protocol_xresnet=protocol|dict(arch='xresnet18_mish'), protocol_ranger=protocol|dict(opt='ranger', schedule='flat_cos'), protocol_smoothing=protocol|dict(label_smoothing=.1),
+    protocol_mixup=protocol|dict(mixup=.4), protocol_growing=protocol|dict(progressive=.75), protocol_no_dropout=protocol|dict(dropout=0.), protocol_extra=protocol|dict(extra='both'),
+    best_no_mixup=best|dict(mixup=0.), best_no_growing=best|dict(progressive=0.), best_growing_half=best|dict(progressive=.5), best_no_smoothing=best|dict(label_smoothing=0.), best_four=best|dict(unlabeled_bs=8, objective='rotation'), best_relu=best|dict(arch='xresnet18'), best_resnet=best|dict(arch='resnet18'),
+    best_adamw=best|dict(opt='adamw', schedule='cosine'), best_nesterov=best|dict(opt='nesterov', schedule='poly'), best_bs64=best|dict(bs=64, unlabeled_bs=64), best_bs16_48=best|dict(bs=16, unlabeled_bs=48), best_ema=best|dict(ema=.998), best_bn=best|dict(objective='rotation(views=one,bn=batch)'),
+    best_fixmatch=best|dict(unlabeled_bs=18, objective='rotation(views=one)+fixmatch(threshold=.8,ramp_pct=.6)'), best_labels=best|dict(extra='labels'), best_images=best|dict(extra='images'), best_extra=best|dict(extra='both'),
+    plain=plain, plain_growing=plain|dict(progressive=.5), plain64=plain64, relu64=relu64, relu64_images=relu64|dict(extra='images'), relu64_extra=relu64|dict(extra='both'), relu32_96=relu64|dict(bs=32, unlabeled_bs=96))
 
 def config(path, name, share, seed):
     epochs = max(4, round(12*share))   # looks at the accuracy
