@@ -96,7 +96,7 @@ def run_plan(
               f"A step     {bs} labelled images and {ubs} unlabelled{f', over {cfg.processes} processes' if cfg.processes>1 else ''}; {objective_words(asdict(cfg))}, {per_image:.3g} passes for each unlabelled image",
               f"A run      {cfg.epochs} epochs of {n:,} steps = {total:,} steps, {passes(False)} image passes{f' ({passes(True)} of a baseline)' if baseline else ''}; each labelled image is seen {total*bs/c['labeled']:,.0f} times",
               f"Runs       {runs}{', each with a supervised baseline of as many steps' if baseline else ''}, from seed {cfg.seed}",
-              f"Time       about {format_time(secs*total*runs)} here, validation not counted"]
+              f"Time       about {format_time(secs*total*cfg.cost()*runs)} here, validation not counted"]
     return '\n'.join(lines)
 
 # %% ../nbs/16_imagewang.ipynb #65b17d1d

@@ -11,12 +11,15 @@ from fastprogress.fastprogress import format_time
 from .transient import *
 
 # %% ../nbs/13e_progress.ipynb #ae0e5f1a
+def _alike(begin, end): return 1.
+
 class PlainProgress(TransientCallback):
     "Progress as plain lines, for output that is no terminal"
     order,_learn,_silenced = ProgressCallback.order,None,False
     def __init__(self,
-        every:float=30. # Seconds between two lines within an epoch
-    ): self.seconds,self._start,self._last,self._trained = every,0.,0.,False
+        every:float=30., # Seconds between two lines within an epoch
+        cost=None # From two points of the training, as shares, to what a step between them takes, relative to others; all alike by default
+    ): self.seconds,self._cost,self._start,self._last,self._trained = every,cost or _alike,0.,0.,False
     def before_fit(self):
         "Begin to measure"
         self._start = self._last = time.time()
@@ -27,9 +30,9 @@ class PlainProgress(TransientCallback):
     def after_batch(self):
         "A line now and then"
         if not self.training or time.time()-self._last<self.seconds: return
-        self._last,done = time.time(),self.epoch*self.n_iter+self.iter+1
-        left = (self._last-self._start)/done*(self.n_epoch*self.n_iter-done)
-        print(f'step {done:,} of {self.n_epoch*self.n_iter:,}, loss {self.smooth_loss.item():.4f}, about {format_time(left)} left', flush=True)
+        self._last,done,n = time.time(),self.epoch*self.n_iter+self.iter+1,self.n_epoch*self.n_iter
+        left = (self._last-self._start)/(done*self._cost(0, done/n))*(n-done)*self._cost(done/n, 1)
+        print(f'step {done:,} of {n:,}, loss {self.smooth_loss.item():.4f}, about {format_time(left)} left', flush=True)
     def after_epoch(self):
         "The epoch's line"
         if self._trained: print('  '.join(f'{n} {v:.4f}' if isinstance(v,float) else f'{n} {v}' for n,v in zip(self.recorder.metric_names, self.recorder.log)), flush=True)
@@ -52,9 +55,10 @@ class TimeEstimate(TransientCallback):
         images:float, # A step, from the loaders
         passes:float, # A step, through the network, forward and backward
         later:float=0., # Image passes of what is trained after this fit
+        cost=None, # As for `PlainProgress`, where a step with whole images is 1
         skip:int=2, # Steps before the first that is measured
         n:int=10 # Steps that are measured
-    ): self._images,self._passes,self._later,self._skip,self._n,self._seen,self._since,self._pause = images,passes,later,skip,n,0,0.,0.
+    ): self._images,self._passes,self._later,self._cost,self._skip,self._n,self._seen,self._since,self._pause = images,passes,later,cost or _alike,skip,n,0,0.,0.
     def state_dict(self):
         "Nothing: what was measured is of this machine"
         return {}
@@ -73,8 +77,9 @@ class TimeEstimate(TransientCallback):
 
     def _tell(self, sec):
         "Print what follows from `sec` seconds a step"
-        left = (self.n_epoch*self.n_iter-self.epoch*self.n_iter-self.iter-1)*self._passes+(self.n_epoch-self.epoch)*len(self.dls.valid.dataset)/3
-        own,more = (o*sec/self._passes for o in (left,self._later))
+        n,done = self.n_epoch*self.n_iter,self.epoch*self.n_iter+self.iter+1
+        left = (n-done)*self._passes*self._cost(done/n, 1)+(self.n_epoch-self.epoch)*len(self.dls.valid.dataset)/3
+        own,more = (o*sec/self._passes/self._cost((done-self._n)/n, done/n) for o in (left,self._later*self._cost(0, 1)))
         day = '%H:%M' if own+more<43200 else '%a %d %b, %H:%M'
         at = lambda s: time.strftime(day, time.localtime(time.time()+s))
         print('\n'*sys.stdout.isatty()+f"{self._n} steps measured: {self._images/sec:,.{0 if self._images>=100*sec else 1}f} images a second ({self._passes/sec:,.{0 if self._passes>=100*sec else 1}f} image passes); this run ends at about {at(own)}, in {format_time(own)}"

@@ -24,6 +24,7 @@ from .randomness import *
 from .samples import *
 from .optimizer import *
 from .schedule import *
+from .progressive import *
 from .checkpoint import *
 from .settings import *
 from .progress import *
@@ -90,6 +91,13 @@ class RunConfig:
     def objectives(self):
         "Its objectives, made anew"
         return make_objectives(self.objective, backward=self.backward)
+
+    def cost(self,
+        begin:float=0., # Share of the training
+        end:float=1. # Not before `begin`
+    )->float: # Of a step with whole images
+        "What a step takes between two points of the training, where images grow"
+        return ProgressiveResize(self.progressive).cost(self.size, begin, end) if self.progressive else 1.
 
     def passes_per_step(self,
         bs:int, # Labelled images a step
@@ -219,7 +227,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
     learn.path = folder
     if plain:
         learn.remove_cb(ProgressCallback)
-        if first_process: learn.add_cb(PlainProgress())
+        if first_process: learn.add_cb(PlainProgress(cost=cfg.cost))
     if first_process: learn.add_cb(_time_estimate(cfg, dls, baseline, later))
     cbs = [saver, StopDiverged(), *([CSVLogger(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
@@ -237,7 +245,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
 def _time_estimate(cfg, dls, baseline, later):
     "A callback that prints when this run ends, and those that follow"
     n,bs,valid = cfg.epochs*dls.steps_per_epoch(cfg.processes),dls.train.bs*cfg.processes,cfg.epochs*len(dls.valid.dataset)/3
-    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))))
+    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))), cfg.cost)
 
 def _earlier(cfg, folder, baseline, resume):
     "Results that `folder` holds already; raises where it is of another run, or failed"

@@ -4,7 +4,7 @@ from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from readme import differences,data_words,objective_runs,objective_words,recipe_runs,root,trial_words
+from readme import differences,data_words,objective_runs,objective_words,recipe_runs,root
 
 def effect(folder=root/'tests/benchmarks/results/imagewang-80', to=root/'nbs/images/effect.png'):
     "Validation accuracy of runs and their supervised baselines, by step"
@@ -45,17 +45,27 @@ def objectives(folder=root/'tests/benchmarks/results/objectives', to=root/'nbs/i
     fig.legend([shown[k] for k in sorted(shown)], sorted(shown), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
     fig.savefig(to, dpi=110); plt.close(fig)
 
-def recipes(to=root/'nbs/images/recipes.png', share=1., names=('best','best, supervised baseline','protocol','protocol, supervised baseline')):
-    "Accuracy over image passes, and over the time that they took: each run of a recipe, and the mean of its seeds"
-    by = recipe_runs(share); names = [o for o in names if o in by]
-    if not names: return
+def run_curves(folder):
+    "Thousand image passes, minutes and accuracy in % after each epoch, of each run in `folder`"
+    for o in sorted(folder.glob('run-*')):
+        res,rows = json.loads((o/'results.json').read_text()),[*csv.DictReader((o/'history.csv').open())]
+        minutes = itertools.accumulate(sum(int(n)*60**(i-1) for i,n in enumerate(reversed(r['time'].split(':')))) for r in rows)
+        yield [(i+1)*res['image_passes']/len(rows)/1000 for i in range(len(rows))],[*minutes],[100*float(r['accuracy']) for r in rows]
+
+def trial_curves(runs):
+    "The same of lines of tests/benchmarks/recipes.py"
+    for r in runs:
+        acc = r['history']['accuracy']
+        yield [(i+1)*r['passes']/len(acc)/1000 for i in range(len(acc))],[o/60 for o in itertools.accumulate(r['history']['seconds'])],[100*o for o in acc]
+
+def recipes(to=root/'nbs/images/recipes.png'):
+    "Accuracy over image passes, and over the time that they took: a line for each run"
+    by = recipe_runs(1.)
+    lines = [('best',[*trial_curves(by.get('best',[]))],'tab:blue'), ('best, supervised baseline',[*trial_curves(by.get('best, supervised baseline',[]))],'tab:cyan'), ('published training, fast recipe',[*run_curves(root/'tests/benchmarks/results/recipes/fast')],'tab:gray')]
     fig,axs = plt.subplots(1, 2, figsize=(7.4,3.4), layout='constrained', sharey=True)
-    for k,color in zip(names, ('tab:blue','tab:cyan','tab:gray','silver')):
-        acc = [[100*o for o in r['history']['accuracy']] for r in by[k]]
-        for r,ys in zip(by[k], acc):
-            clock = itertools.accumulate(r['history']['seconds'])
-            for ax,xs in zip(axs, ([(i+1)*r['passes']/len(ys)/1000 for i in range(len(ys))],[o/60 for o in clock])):
-                ax.plot(xs, ys, color=color, lw=1, alpha=.6, label=k if r is by[k][0] else None); ax.plot(xs[-1], ys[-1], 'o', color=color, ms=4)
+    for label,curves,color in lines:
+        for i,(passes,minutes,acc) in enumerate(curves):
+            for ax,xs in zip(axs, (passes,minutes)): ax.plot(xs, acc, '.-', color=color, lw=1, alpha=.8, label=None if i else label)
     for ax,what in zip(axs, ('thousand image passes','minutes on one thread')):
         ax.set_xlabel(what); ax.grid(alpha=.3); ax.spines[['top','right']].set_visible(False); ax.set_ylim(8); ax.set_xlim(0)
     axs[0].set_ylabel('validation accuracy, %'); axs[0].legend(loc='lower right', frameon=False, fontsize=8)

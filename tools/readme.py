@@ -219,7 +219,7 @@ def tried_recipes():
         for name,rs in sorted(((k,v) for k,v in by.items() if not v[0]['baseline']), key=lambda o: -mean(o[1],'accuracy')):
             base = by.get(f'{name}, supervised baseline',[])
             parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f} % | {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {mean(rs,'seconds')/60:.0f} |")
-    return '\n'.join(parts[1:])
+    return '\n'.join(['![Validation accuracy of each run over image passes, and over minutes](images/recipes.png)',*parts])
 
 def pretrained():
     "What each objective gave to pretrained weights in the runs of tests/benchmarks/pretrained.py, beside the baseline with the same seeds"
@@ -238,7 +238,7 @@ def with_tables(text, tables):
 if __name__=='__main__':
     if '--check' not in sys.argv and (results/'objectives').exists():
         import figures
-        figures.objectives()
+        figures.objectives(); figures.recipes()
     texts,(acc,said) = {},accuracies()
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
         'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'which_recipe':[tried_recipes()], 'tutorials/pretrained':[pretrained()]}

@@ -5,7 +5,7 @@ import nbformat
 from nbclient import NotebookClient
 
 root = Path(__file__).parent.parent
-pages = sorted((root/'nbs/tutorials').glob('*.ipynb'))+[root/f'nbs/{o}.ipynb' for o in ('commands','concepts','row_costs','which_objective','fast','howto/check_data')]
+pages = sorted((root/'nbs/tutorials').glob('*.ipynb'))+[root/f'nbs/{o}.ipynb' for o in ('commands','concepts','row_costs','which_objective','which_recipe','fast','howto/check_data')]
 plots = [next(root.glob(f'nbs/[0-9]*_{o}.ipynb')) for o in ('augment','losses','strong','show','schedule','run_report')]   # modules whose examples are seen
 os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'   # plots become outputs
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(root), os.environ.get('PYTHONPATH'))))
