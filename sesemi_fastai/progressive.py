@@ -7,9 +7,10 @@ __all__ = ['ProgressiveResize']
 
 # %% ../nbs/10b_progressive.ipynb #10b00002
 from fastai.vision.all import *
+from .transient import *
 
 # %% ../nbs/10b_progressive.ipynb #10b00005
-class ProgressiveResize(Callback):
+class ProgressiveResize(TransientCallback):
     "Training images of a side that grows from `start` of theirs to the whole within `until` of the training"
     order,run_valid = -1,False   # before callbacks that mix or look at images
     def __init__(self,

@@ -21,6 +21,7 @@ from .step import *
 from .learner import *
 from .augment import *
 from .randomness import *
+from .transient import *
 from .samples import *
 from .optimizer import *
 from .schedule import *
@@ -157,7 +158,7 @@ class DivergedError(ValueError):
         self.message = message
     def __str__(self): return self.message   # fastai writes the callback's name into the arguments
 
-class StopDiverged(Callback):
+class StopDiverged(TransientCallback):
     "Stop at the first step whose loss isn't finite, before anything of it is saved"
     order = Recorder.order+2
     def after_batch(self):

@@ -1,5 +1,5 @@
 "What `import *` brings along: all of the public contract, and nothing that a notebook had already"
-import builtins,keyword,pkgutil,subprocess,sys
+import builtins,importlib,keyword,pkgutil,subprocess,sys
 import pytest
 import fastai.vision.all as fastai_all
 import sesemi_fastai,sesemi_fastai.all as ours
@@ -52,6 +52,11 @@ for m in {modules!r}:
     lines = r.stdout.splitlines(); changed,added = eval(lines[0])
     assert changed==[] and 'Learner.fit_poly_warmup' in added and set(added)<={'Learner.fit_poly_warmup','Learner.fit_cosine_warmup','Recorder.plot_objectives'}, (changed,added)
     assert lines[-1]=='PrettyString'
+
+def test_callbacks_are_left_out_of_exports():
+    "Each of the package: a Learner that has one is exported without it, and loads where the package isn't installed"
+    ours_ = [o for m in modules for o in vars(importlib.import_module(f'sesemi_fastai.{m}')).values() if isinstance(o, type) and issubclass(o, fastai_all.Callback) and o.__module__.startswith('sesemi_fastai')]
+    assert len(set(ours_))>20 and [o for o in ours_ if not issubclass(o, ours.TransientCallback)]==[]
 
 def test_a_command_starts_without_torch():
     "So that an interrupt while torch is imported finds somebody who answers it"
