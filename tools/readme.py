@@ -221,13 +221,6 @@ def tried_recipes():
             parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f} % | {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {mean(rs,'seconds')/60:.0f} |")
     return '\n'.join(['![Validation accuracy of each run over image passes, and over minutes](images/recipes.png)',*parts])
 
-def pretrained():
-    "What each objective gave to pretrained weights in the runs of tests/benchmarks/pretrained.py, beside the baseline with the same seeds"
-    base,by = objective_runs(results/'pretrained.jsonl')
-    words = objective_words|dict(fixmatch_bn="FixMatch, `bn='batch'`", fixmatch_ema='FixMatch, averaged weights as teacher', rotation_fixmatch='rotation, one turn, and FixMatch')
-    rows = [f"| {words[k]} | {statistics.mean(o['accuracy'] for o in rs.values()):.1f} % | {with_error(differences(rs,base),'+.1f')} |" for k,rs in sorted(by.items(), key=lambda o: -statistics.mean(differences(o[1],base)))]
-    return '\n'.join(['| on unlabelled images | accuracy | points above the baseline |','| --- | --- | --- |',*rows,f"| nothing: the supervised baseline | {with_error([o['accuracy'] for o in base.values()],'.1f')} % | |"])
-
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
     nb,tables = nbformat.reads(text, 4),iter(tables)
@@ -241,7 +234,7 @@ if __name__=='__main__':
         figures.objectives(); figures.recipes()
     texts,(acc,said) = {},accuracies()
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
-        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'which_recipe':[tried_recipes()], 'tutorials/pretrained':[pretrained()]}
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'which_recipe':[tried_recipes()]}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
