@@ -65,7 +65,7 @@ class FolderFiles:
         if per_class<1: raise ValueError(f"labels_per_class={per_class} must be 1 or more.")
         few = {k:len(of[k]) for k in self.valid_vocab if len(of[k])<per_class}
         if few: raise ValueError(f"labels_per_class={per_class} is more than there are of {', '.join(f'{printable(k)} ({n})' for k,n in few.items())}: use {min(few.values())} or fewer.")
-        return replace(self, labeled=[o for k in self.vocab for o in of[k][:None if k in self.extra else per_class]])
+        return replace(self, labeled=[o for k in self.vocab for o in (of[k] if k in self.extra else of[k][:per_class])])
 
     def without(self, files):
         "The same without `files`; raises where a class would be left without images"

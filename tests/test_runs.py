@@ -66,7 +66,7 @@ def test_command_with_baseline(folder, tmp_path):
 def test_accuracy_is_that_of_the_last_epoch(folder, tmp_path, monkeypatch):
     given = iter([.2,.6,.4])
     def accuracy(preds, targs): return next(given)
-    monkeypatch.setattr('sesemi_fastai.run.accuracy', accuracy)
+    monkeypatch.setattr('sesemi_fastai.run.accuracy_among', lambda classes: accuracy)
     res = train_run(config(folder, epochs=3), tmp_path/'run', plain=True)
     assert abs(res['accuracy']-40)<1e-4 and read_csv(tmp_path/'run/history.csv')['accuracy']==[.2,.6,.4]
 
