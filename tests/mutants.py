@@ -288,7 +288,7 @@ mutants = [
     M('imagewang', "if args['no_val']: given['val_in_pool'] = False", "pass", 'test_runs.py::test_no_val_of_the_command'),
     M('imagewang', "seed=cfg.seed+i", "seed=cfg.seed", 'test_runs.py::test_command_with_baseline'),
     M('folders', "of[k][:per_class]", "of[k][-per_class:]", 'folders test_runs.py::test_labels_that_are_not_used_are_not_read'),
-    M('folders', "if len(v)<per_class}", "if len(v)<0}", 'folders'),
+    M('folders', "if len(of[k])<per_class}", "if len(of[k])<0}", 'folders'),
     M('data', "if labels_per_class is not None: files", "if False: files", 'test_runs.py::test_labels_that_are_not_used_are_not_read'),
     M('optimizer', "partial(Adam, sqr_mom=.999, eps=1e-8)", "Adam", 'optimizer'),
     M('schedule', "SchedCos(lr, 0*lr)", "SchedLin(lr, 0*lr)", 'schedule'),
