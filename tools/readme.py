@@ -215,10 +215,10 @@ def tried_recipes():
     parts,shares = [],sorted({r['share'] for r in map(json.loads, (results/'recipes/trials.jsonl').read_text(encoding='utf-8').splitlines())}, reverse=True)
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
     for by in map(recipe_runs, shares):
-        parts += ['', f"### {next(iter(by.values()))[0]['passes']:,} image passes", '', '| recipe | seeds | accuracy | half for choosing | half for reporting | supervised baseline, equal steps | minutes |','| --- | --- | --- | --- | --- | --- | --- |']
+        parts += ['', f"### {next(iter(by.values()))[0]['passes']:,} image passes", '', '| recipe | seeds | accuracy | choosing, reporting | baseline | minutes |','| --- | --- | --- | --- | --- | --- |']
         for name,rs in sorted(((k,v) for k,v in by.items() if not v[0]['baseline']), key=lambda o: -mean(o[1],'accuracy')):
             base = by.get(f'{name}, supervised baseline',[])
-            parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f} % | {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {mean(rs,'seconds')/60:.0f} |")
+            parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f}, {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {mean(rs,'seconds')/60:.0f} |")
     return '\n'.join(['![Validation accuracy of each run over image passes, and over minutes](images/recipes.png)',*parts])
 
 def with_tables(text, tables):
