@@ -203,18 +203,17 @@ trial_words = dict(protocol='the published training, fast recipe', best='`best`'
     plain='`best`, no MixUp, images of one size', plain_growing='`best`, no MixUp, images that grow in the first half', plain64='`best`, no MixUp, images of one size, 64 a step', relu64='`best`, no MixUp, images of one size, 64 a step, ReLU', relu64_images="`best`, no MixUp, images of one size, 64 a step, ReLU, Imagenette's images in the pool", relu64_extra="`best`, no MixUp, images of one size, 64 a step, ReLU, Imagenette's classes as labels and images",
     relu32_96='`best`, no MixUp, images of one size, 32 labelled and 96 unlabelled, ReLU')
 
-def recipe_runs(share):
-    "Runs of tests/benchmarks/recipes.py of a share of the passes, by name; baselines apart"
+def recipe_runs():
+    "Runs of tests/benchmarks/recipes.py: by share of the passes, the largest first, those of each name; baselines apart"
     by,file = {},results/'recipes/trials.jsonl'
-    for r in map(json.loads, file.read_text(encoding='utf-8').splitlines() if file.exists() else []):
-        if r['share']==share: by.setdefault(r['name']+', supervised baseline'*r['baseline'],[]).append(r)
-    return by
+    for r in map(json.loads, file.read_text(encoding='utf-8').splitlines() if file.exists() else []): by.setdefault(r['share'],{}).setdefault(r['name']+', supervised baseline'*r['baseline'],[]).append(r)
+    return dict(sorted(by.items(), reverse=True))
 
 def tried_recipes():
     "What recipes reached at equal image passes, the best first, a table for each number of passes; a supervised baseline beside each that has one"
-    parts,shares = [],sorted({r['share'] for r in map(json.loads, (results/'recipes/trials.jsonl').read_text(encoding='utf-8').splitlines())}, reverse=True)
+    parts = []
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
-    for by in map(recipe_runs, shares):
+    for by in recipe_runs().values():
         parts += ['', f"### {next(iter(by.values()))[0]['passes']:,} image passes", '', '| recipe | seeds | accuracy | choosing, reporting | baseline | minutes |','| --- | --- | --- | --- | --- | --- |']
         for name,rs in sorted(((k,v) for k,v in by.items() if not v[0]['baseline']), key=lambda o: -mean(o[1],'accuracy')):
             base = by.get(f'{name}, supervised baseline',[])

@@ -33,6 +33,10 @@ def machine():
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, system=platform.platform(), python=platform.python_version(),
                 torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__, pillow=PIL.__version__, commit=git or None, time=time.strftime('%Y-%m-%d %H:%M'))
 
+def last_columns(learn):
+    "What the Recorder has of the last epoch, by name"
+    return dict(zip(list(learn.recorder.metric_names)[1:-1], map(float, learn.recorder.values[-1])))
+
 def make_images(folder, n, size=(80,107)):
     "`n` images in one folder: smooth noise, which JPEG takes as it takes photographs"
     rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from sesemi_fastai.all import (BarlowTwins,EMA,EntropyMin,FixMatch,JigsawPretext
 from sesemi_fastai.imagewang import get_data
 from sesemi_fastai.streams import random_key,seeded
 from sesemi_fastai.images import unpack
-from common import machine
+from common import last_columns,machine
 from gpu import Log
 
 results = Path(__file__).parent/'results'/'objectives'
@@ -45,7 +45,7 @@ def run(path, name, make, seed, size, steps, bs, lr):
     start = time.time()
     with seeded(random_key(seed, 'weights')): learn = sesemi_learner(dls, arch, metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit_poly_warmup(1, lr, cbs=cbs)
-    cols = dict(zip(list(learn.recorder.metric_names)[1:-1], map(float, learn.recorder.values[-1])))
+    cols = last_columns(learn)
     return dict(name=name, seed=seed, accuracy=100*cols['accuracy'], steps=steps, bs=bs, unlabeled_bs=ubs, passes=round(steps*(bs+ubs*per_image)), seconds=round(time.time()-start,1), columns=cols, commit=machine()['commit'])
 
 def main(args):

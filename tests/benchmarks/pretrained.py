@@ -13,7 +13,7 @@ from fastai.callback.channelslast import ChannelsLast
 from sesemi_fastai.all import EMA,EntropyMin,FixMatch,MeanTeacher,PairedDataLoaders,PiModel,PseudoLabel,RotationPretext,get_opt_func,sesemi_learner
 from sesemi_fastai.imagewang import get_data
 from sesemi_fastai.streams import random_key,seeded
-from common import machine
+from common import last_columns,machine
 from gpu import Log
 
 log = Log(Path(__file__).parent/'results'/'pretrained.jsonl')
@@ -37,7 +37,7 @@ def run(path, name, seed):
     start = time.time()
     with seeded(random_key(seed, 'weights')): learn = sesemi_learner(dls, pretrained, dropout=0., opt_func=get_opt_func('adamw')[0], metrics=accuracy, cbs=ChannelsLast())
     with learn.no_bar(), learn.no_logging(): learn.fit_cosine_warmup(1, s['lr'], warmup_epochs=.2, cbs=cbs)
-    cols = dict(zip(list(learn.recorder.metric_names)[1:-1], map(float, learn.recorder.values[-1])))
+    cols = last_columns(learn)
     return dict(name=name, seed=seed, accuracy=100*cols['accuracy'], steps=s['steps'], unlabeled_bs=ubs, passes=round(s['steps']*(s['bs']+ubs*per_image)), seconds=round(time.time()-start, 1), columns=cols, settings=settings, machine=machine())
 
 def main(args):
