@@ -75,19 +75,20 @@ def new_classifier(
     except (AssertionError, RuntimeError) as e:
         raise ValueError(f"{type(model).__name__} can't take images of {x.shape[-2]}×{x.shape[-1]} pixels ({str(e).splitlines()[0]}): use the size that it is made for, or another arch.") from e
 
+_activations = dict(relu=nn.ReLU, mish=Mish, silu=nn.SiLU, hardswish=nn.Hardswish)
 _xresnets = [k for k in xresnet.__all__ if re.match(r'x(se_)?resnex?t\d', k)]
 _aux = dict(googlenet=dict(aux_logits=False, init_weights=True), inception_v3=dict(aux_logits=False, init_weights=True))   # a second output would only be there in training
 
 def get_arch(
-    name:str # `resnet10` or `resnet10_WIDTH`, a classifier of torchvision such as `resnet50`, one of fastai's xresnets such as `xresnet18` or, with Mish in place of ReLU, `xresnet18_mish`, or `timm:` and the name of a model of timm
+    name:str # `resnet10` or `resnet10_WIDTH`, a classifier of torchvision such as `resnet50`, one of fastai's xresnets such as `xresnet18` or, with another activation in place of ReLU, `xresnet18_silu`, `xresnet18_mish` or `xresnet18_hardswish`, or `timm:` and the name of a model of timm
 ):
     "The function that makes the network called `name`, with random weights"
     if (m := re.fullmatch(r'resnet10(?:_(\d+))?', name)): return partial(resnet10, width=int(m[1])) if m[1] else resnet10
     names = list_models(module=torchvision.models)   # classifiers only: those for detection and segmentation would fetch weights
     if name in names: return partial(get_model_builder(name), weights=None, **_aux.get(name, {}))
     if name.startswith('timm:'): return _timm_arch(name)
-    base = name.removesuffix('_mish')
-    if base in _xresnets: return partial(getattr(xresnet, base), act_cls=nn.ReLU if base==name else Mish)
+    base,_,act = name.rpartition('_') if name.endswith(('_mish','_silu','_hardswish')) else (name,'','relu')
+    if base in _xresnets: return partial(getattr(xresnet, base), act_cls=_activations[act])
     near = get_close_matches(name, ['resnet10',*names,*_xresnets], n=1)
     raise ValueError(f"arch={name!r} isn't the name of a classifier: use resnet10, one of torchvision such as resnet18 or resnet50, one of fastai such as xresnet18, or timm:NAME"+(f"; did you mean {near[0]}?" if near else '.'))
 
@@ -109,7 +110,7 @@ def sesemi_learner(
     label_smoothing:float=None, # Share of the target that all classes have in common, where no `loss_func` is given; the recipe's by default, 0 as published
     mixup:float=None, # Parameter of `MixUp`, which mixes labelled images; the recipe's by default, 0 for none, as published
     progressive:float=None, # Share of the training in which images grow, see `ProgressiveResize`; the recipe's by default, 0 for none, as published
-    wd_bn_bias:bool=True, # Weight decay on every parameter, as published
+    wd_bn_bias:bool=True, # Weight decay on every parameter, as published; False spares biases and BatchNorm with fastai's own optimizers, not with torch's
     bn_groups:int=1, # Parts of a batch that BatchNorm normalises apart, see `BatchNormGroups`; 2 in the published runs
     cbs=None, # More callbacks
     **kwargs

@@ -83,15 +83,17 @@ class UnlabeledObjective(TransientCallback):
     passes_per_image = 1. # Forward and backward passes for each unlabelled image; a forward pass alone counts a third
     def __init__(self,
         weight:float=1., # Factor of the loss
-        ramp_pct:float=0., # Share of the run in which the factor grows to `weight`, by exp(-5(1-t)²); 0: from the start
+        ramp_pct:float=0., # Share of the run in which the factor grows to `weight`, by exp(-5(1-t)²); 0: there at once
+        start_pct:float=0., # Share of the run before which it does nothing: no loss, no pass
         backward:str='joint', # 'joint': one backward pass with the supervised loss; 'sequential': one graph alive at a time
         bn:str='update' # BatchNorm in its passes: 'update' (own statistics, running averages move), 'batch' (they don't), 'running' (the running ones)
     ):
         if not (0<=weight<math.inf): raise ValueError(f"{type(self).__name__}: weight={weight} must be 0 or more, and finite.")
         if not 0<=ramp_pct<=1: raise ValueError(f"{type(self).__name__}: ramp_pct={ramp_pct} must be between 0 and 1.")
+        if not 0<=start_pct<=1-ramp_pct+1e-9: raise ValueError(f"{type(self).__name__}: start_pct={start_pct} must be between 0 and {1-ramp_pct:g}, so that it reaches its weight within the run: give a smaller start_pct or ramp_pct={ramp_pct}.")
         if backward not in ('joint','sequential'): raise ValueError(f"{type(self).__name__}: backward={backward!r} isn't known: use 'joint' or 'sequential'.")
         if bn not in bn_policies: raise ValueError(f"{type(self).__name__}: bn={bn!r} isn't known: use one of {', '.join(bn_policies)}.")
-        self.weight,self.ramp_pct,self.backward,self.bn = weight,ramp_pct,backward,bn
+        self.weight,self.ramp_pct,self.start_pct,self.backward,self.bn = weight,ramp_pct,start_pct,backward,bn
         self.fit_heads,self.fit_opt,self.kept,self.trained,self._opt_func = nn.ModuleDict(),None,{},None,None
 
     def views(self)->list: # Of functions, see `UnlabeledBatch.view`
@@ -132,7 +134,8 @@ class UnlabeledObjective(TransientCallback):
         pct:float # Share of the run that is done
     )->float:
         "The factor of the loss at `pct` of a run (ramp of [Laine and Aila, 2017](https://arxiv.org/abs/1610.02242))"
-        return self.weight*(math.exp(-5*(1-pct/self.ramp_pct)**2) if pct<self.ramp_pct else 1.)
+        t = pct-self.start_pct
+        return self.weight*(math.exp(-5*(1-t/self.ramp_pct)**2) if t<self.ramp_pct else 1.)*(t>=0)
 
 # %% ../nbs/07a_objective.ipynb #f898a76c
 @patch

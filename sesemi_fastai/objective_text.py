@@ -70,5 +70,5 @@ def make_objectives(
 def passes_per_image(
     objectives # Callbacks
 )->float:
-    "Image passes for each unlabelled image of a step, forward and backward; one that is only forward counts a third, one that two objectives share counts for each"
-    return sum(o.passes_per_image for o in objectives)
+    "Image passes for each unlabelled image of a step, forward and backward, on average over the run; one that is only forward counts a third, one that two objectives share counts for each"
+    return sum(o.passes_per_image*(1-o.start_pct) for o in objectives)

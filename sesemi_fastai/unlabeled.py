@@ -54,9 +54,12 @@ class UnlabeledStep(TransientCallback):
         "In the order of the callbacks, which is that of their columns"
         return [o for o in self.learn.cbs if isinstance(o, UnlabeledObjective)]
 
-    def active(self, backward)->list:
+    def learning(self, backward)->list:
         "Those that take part in gradients, by name: their order must not depend on that of the callbacks"
         return sorted((o for o in self.objectives if o.weight>0 and o.backward==backward), key=lambda o: o.name)
+    def begun(self, objectives)->list:
+        "Those that have begun by now"
+        return [o for o in objectives if o.start_pct<=self.pct_train]
 
     def state_dict(self)->dict:
         "Sums for the columns of the epoch, and the place in the unlabelled loader"
@@ -76,28 +79,28 @@ class UnlabeledStep(TransientCallback):
         "Joint objectives: add their weighted losses to what is differentiated"
         with memory_advice():
             self._batch = self.new_batch(self.next_images())
-            for o in self.active('joint'): self.learn.loss_grad = self.learn.loss_grad+o.weight_at(self.pct_train)*self.loss_of(o)
+            for o in self.begun(self.learning('joint')): self.learn.loss_grad = self.learn.loss_grad+o.weight_at(self.pct_train)*self.loss_of(o)
         device = self.loss_grad.device.type
         self._zero = torch.zeros((), device=self.loss_grad.device, requires_grad=True)
         self._autocast = partial(torch.autocast, device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
-        if self.active('sequential'): self.learn.loss_grad = self.learn.loss_grad+self._zero
+        if self.learning('sequential'): self.learn.loss_grad = self.learn.loss_grad+self._zero
         else: self.watch()
     def after_backward(self):
         "Sequential objectives: the graphs before are gone; build and differentiate one after the other"
         self._batch.free()
-        todo = split_graphs(self.active('sequential')) if self._zero.grad is not None else []   # else the backward pass was cancelled
-        for group in todo:
+        done = self._zero.grad is not None   # else there are none, or the backward pass was cancelled
+        for group in split_graphs(self.begun(self.learning('sequential'))) if done else []:
             with self._autocast(), memory_advice():
                 loss = sum(o.weight_at(self.pct_train)*self.loss_of(o) for o in group)
             with memory_advice(): (loss*self._zero.grad).backward()
             del loss; self._batch.free()
-        if todo:
+        if done:
             with self._autocast(): self.watch()
-        self.average_gradients(bool(todo))
+        self.average_gradients(done)
     def watch(self):
         "Objectives of weight 0, for their columns"
         with torch.no_grad():
-            for o in self.objectives:
+            for o in self.begun(self.objectives):
                 if o.weight==0: self.loss_of(o, learning=False)
     def report_health(self):
         "Warn of objectives that teach nothing, once each"
@@ -173,7 +176,7 @@ def prepare(self:UnlabeledStep):
     self._task,self._ready,self._cancelled,self._last,self._health = task,True,False,{},{o.name:ObjectiveHealth(o) for o in objectives}
     self._norms = batchnorms(model),batchnorms(model, layer.behind) if layer else []
     self._forward = feature_pass(learn.model, layer)
-    if (ddp := wrapped_ddp(learn)) is not None: ddp.require_backward_grad_sync = not self.active('sequential')   # else by `average_gradients`
+    if (ddp := wrapped_ddp(learn)) is not None: ddp.require_backward_grad_sync = not self.learning('sequential')   # else by `average_gradients`
     self.probe(whole_dl(dl))
     if hasattr(learn,'lr_finder'): self._found = {o.name:deepcopy(o.state_dict()) for o in objectives}
 
@@ -214,7 +217,7 @@ def new_batch(self:UnlabeledStep,
 )->UnlabeledBatch:
     "The step's batch, and which of its passes will carry gradients"
     learn,diff = self.learn,{}
-    for o in self.objectives:
+    for o in self.begun(self.objectives):
         if o.weight>0:
             for v in o.views(): diff.setdefault((v,o.bn,o.backward), set()).add(o.reads)
     key = first(learn.cbs, risinstance(StepSeed)).key
