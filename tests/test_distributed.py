@@ -88,6 +88,13 @@ def test_sequential_is_joint(ranks):
     for s,j in zip(ranks[0]['sequential accumulated']['steps'], ranks[0]['joint accumulated']['steps'], strict=True):
         assert all(torch.allclose(s['after'][k], j['after'][k], atol=1e-7) for k in j['after'])
 
+def test_late_start(ranks):
+    "two processes, `start_pct`: gradients are averaged before and after an objective begins, and `backward='sequential'` is 'joint', bitwise"
+    for a,b in steps(ranks, 'late sequential'): assert all(torch.equal(a['after'][k], b['after'][k]) for k in a['grads'])
+    for s,j in zip(ranks[0]['late sequential']['steps'], ranks[0]['late joint']['steps'], strict=True): assert same(s['after'], j['after'])
+    seen = [any(k.startswith('rotation') for k in o['grads']) for o in ranks[0]['late joint']['steps']]
+    assert seen==[False]*6+[True]*6
+
 @pytest.mark.parametrize('backward', ['joint','sequential'])
 def test_accumulation_and_clip(ranks, backward):
     "two processes, `GradientAccumulation`, `GradientClip`: the mean over both processes and both accumulated batches, then clipped to the norm"

@@ -75,6 +75,29 @@ def test_weight_zero_is_absence(dls, name):
     assert equal(a.model.state_dict(), b.model.state_dict()) and equal(a.head_grads, {k:v for k,v in b.head_grads.items() if k in a.head_grads})
     assert b.recorder.values[0][:5]==a.recorder.values[0] and len(b.recorder.values[0])==7 and None not in b.recorder.values[0]
 
+class Weights(Callback):
+    "The model's weights after each epoch's training"
+    def before_fit(self): self.learn.after_epochs = []
+    def after_train(self): self.learn.after_epochs.append({k:v.clone() for k,v in self.model.state_dict().items()})
+
+@pytest.mark.parametrize('backward', ['joint','sequential'])
+@pytest.mark.parametrize('name', family)
+def test_late_start(dls, name, backward):
+    "`start_pct`: until then an objective is absent to the bit, makes no pass and has no values in its columns; from then on it is there"
+    cbs = partial(family[name], backward=backward)
+    late = cbs(start_pct=.5)
+    extra,passes = [o for o in cbs() if not isinstance(o, UnlabeledObjective)],[]
+    class Count(nn.Sequential):
+        def forward(self, x):
+            if self.training: passes.append(len(x))
+            return super().forward(x)
+    a = fitted(dls, Weights(), StepSeed(), *extra, n=2).after_epochs
+    learn = fitted(dls, Weights(), *late, n=2, model=Count(*net())); b = learn.after_epochs
+    assert all(torch.equal(b[0][k], v) for k,v in a[0].items()) and apart(a[1], b[1])>1e-7
+    assert passes[:3]==[8]*3 and len(passes)>6
+    i = learn.recorder.metric_names.index(f'{late[0].name}_loss')-1
+    assert learn.recorder.values[0][i:i+2]==[None,None] and None not in learn.recorder.values[1]
+
 def test_order_of_callbacks(dls):
     "the order of the callbacks changes that of the columns and nothing else"
     make = lambda: [RotationPretext(.5), FixMatch(.8, weighting='free'), EntropyMin(.1, backward='sequential')]

@@ -10,6 +10,7 @@ from test_resume import load,note,run,same,survive
 import killed
 
 CASES = dict(fixmatch=lambda **kw: [RotationPretext(.5, **kw), FixMatch(weighting='free', align='labels', momentum=.9, **kw), EMA(.9)],
+             late=lambda **kw: [JigsawPretext(.5, **kw), RotationPretext(.5, start_pct=.5, **kw), FixMatch(threshold=.5, start_pct=.3, **kw), EMA(.9)],
              teacher=lambda **kw: [MeanTeacher(2., ramp_pct=.6, **kw), JigsawPretext(.5, **kw), EMA(.9)],
              soft=lambda **kw: [BarlowTwins(n_proj=8, **kw), VAT(eps=2., **kw), FixMatch(weighting='soft', align='uniform', teacher='ema', momentum=.9, **kw), EMA(.9)])
 

@@ -30,7 +30,7 @@ class Watch(Callback):
     "What goes in and comes out of each training step"
     order = 100
     def before_fit(self): self.steps = []
-    def _heads(self, f=lambda p: p): return {f'rotation.{n}':f(p).detach().clone() for n,p in self.rotation.fit_heads.named_parameters()}
+    def _heads(self, f=lambda p: p): return {f'rotation.{n}':f(p).detach().clone() for n,p in self.rotation.fit_heads.named_parameters() if f(p) is not None}
     def _state(self): return {k.removeprefix('module.'):v.clone() for k,v in self.model.state_dict().items()}|self._heads()
     def before_batch(self):
         if self.training: self.steps.append(dict(x=self.x.clone(), y=self.y.clone(), before=self._state(), noise=torch.rand(1).item(), n_iter=self.n_iter))
@@ -38,7 +38,7 @@ class Watch(Callback):
     def after_loss(self):
         if self.training: self.steps[-1]['u'] = self.unlabeled_step._batch.x.clone()
     def after_batch(self):
-        if self.training: self.steps[-1].update(after=self._state(), pretext=self.unlabeled_step._last['rotation'].item())
+        if self.training: self.steps[-1].update(after=self._state(), pretext=self.unlabeled_step._last.get('rotation',torch.zeros(())).item())
 
 class Nan(Callback):
     "A pretext loss that isn't finite, in the second process alone"
@@ -68,6 +68,7 @@ if __name__=='__main__':
     for backward in ('joint','sequential'):
         facts[backward] = fit(learner(data(4,2), backward=backward), 2)
         facts[backward+' accumulated'] = fit(learner(data(4,2), GradientAccumulation(8), GradientClip(.05), backward=backward))
+    for backward in ('joint','sequential'): facts['late '+backward] = fit(learner(data(4,2), backward=backward, start_pct=.5), 2)
     dls = data(4,2); learn = learner(dls); facts['loaders left'] = fit(learn) and [o is p for o,p in zip(dls.loaders, learn.dls.loaders)]
     facts['loaders left'].append(type(learn.model) is nn.Sequential)
     torch.manual_seed(rank)                                            # of what is drawn with seed=None
