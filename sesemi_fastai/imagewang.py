@@ -151,7 +151,7 @@ def sesemi_imagewang(
     data:str='sample', # sample, imagewang, imagewang_320, imagewang_160, a folder, or an archive; `leaderboard` before it trains a row of fastai's leaderboard, with options of its own
     size:int=None, # Side of the training crop in pixels [224; sample 28]
     epochs:int=None, # Passes over the unlabelled images [80; sample 4]
-    arch:str=None, # resnet10, resnet10_WIDTH, a classifier of torchvision, an xresnet of fastai such as xresnet18 or xresnet18_mish, or timm:NAME [resnet50; best xresnet50_mish; sample resnet10_32]
+    arch:str=None, # resnet10, resnet10_WIDTH, a classifier of torchvision, an xresnet of fastai such as xresnet18 or xresnet18_silu, or timm:NAME [resnet50; best xresnet50_silu; sample resnet10_32]
     unlabeled_bs:int=None, # Unlabelled images a step [32; sample 64]
     bs:int=None, # Labelled images a step [four times the unlabelled ones, best as many; or as many as there are]
     labels_per_class:int=None, # Labelled images of each class, the first by name; the others are in the unlabelled pool [all; sample 2]
@@ -172,7 +172,7 @@ def sesemi_imagewang(
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     deterministic:bool=False, # The same bits each time on a GPU too, at some cost in time
-    objective:str=None, # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)' [rotation; best 'rotation(views=one)'; sample 'fixmatch(threshold=.8,bn=batch)']
+    objective:str=None, # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)' [rotation; best 'rotation(views=one)+fixmatch(start_pct=.7,threshold=.7)'; sample 'fixmatch(threshold=.8,bn=batch)']
     ema:float=None, # Average the weights with this decay, such as 0.999, those of baselines too, and validate the averages [none]
     backward:str='joint', # joint, or sequential: in about half the memory
     num_workers:int=None, # Worker processes; changes no result
