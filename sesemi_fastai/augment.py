@@ -203,10 +203,10 @@ def gentle_recipe(
 def best_recipe(
     size:int=224 # Side of the crop, in pixels
 )->Recipe:
-    "The fast recipe with crops of 35 to 100 % of the area, fastai's own network, optimizer and schedule, label smoothing, MixUp, images that grow, one random turn of as many unlabelled images as there are labelled ones, and pseudo-labels for these in the last part"
+    "The fast recipe with crops of 35 to 100 % of the area, fastai's own network, optimizer and schedule, label smoothing, images that grow, one random turn of as many unlabelled images as there are labelled ones, and pseudo-labels for these in the last part"
     res = fast_recipe(size)
     res.train,res.n_labeled = SampleCrop(size, scale=(.35,1.)),1
-    res.training |= dict(arch='xresnet50_silu', dropout=0., opt='ranger', schedule='flat_cos', label_smoothing=.1, mixup=.4, progressive=.75, objective='rotation(views=one)+fixmatch(start_pct=0.7, threshold=0.7)')
+    res.training |= dict(arch='xresnet50_silu', dropout=0., opt='ranger', schedule='flat_cos', label_smoothing=.1, progressive=.75, objective='rotation(views=one)+fixmatch(start_pct=0.7, threshold=0.7)')
     return res
 
 recipes = dict(reference=reference_recipe, fast=fast_recipe, gentle=gentle_recipe, best=best_recipe)   # By name, functions that make a `Recipe` for crops of a side in pixels

@@ -163,9 +163,9 @@ def sesemi_imagewang(
     schedule:str=None, # poly or cosine, after a warm-up, or flat_cos, which has none [poly; best flat_cos; sample cosine]
     dropout:float=None, # Rate before the classifier [0.5; best and sample 0]
     label_smoothing:float=None, # Share of the target that all classes have in common [0; best 0.1]
-    mixup:float=None, # Mix labelled images, by a parameter such as 0.2 [0, for none; best 0.4]
+    mixup:float=None, # Mix labelled images, by a parameter such as 0.2 [0, for none]
     progressive:float=None, # Share of the training in which images grow from half their side [0, for none; best 0.75]
-    recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32; best: fast with fastai's own network and optimizer, MixUp and images that grow [reference; sample gentle]
+    recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32; best: fast with fastai's own network and optimizer, images that grow, and pseudo-labels late in training [reference; sample gentle]
     cache:str=None, # Folder for decoded images of the fast recipe, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
     extra:str=None, # What classes of train that val hasn't are for: labels, to learn them too; images, as unlabelled ones; or both [left out, as published]

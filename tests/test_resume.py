@@ -68,7 +68,7 @@ def test_killed_with_two_ranks_and_the_fast_recipe(processes, folder, tmp_path):
 def test_killed_with_the_best_recipe_and_its_options(processes, folder, tmp_path, moment, ranks):
     "Further classes, MixUp, label smoothing, images that grow, averaged weights, Ranger and its schedule"
     if ranks>1: pytest.importorskip('accelerate')
-    kw = dict(num_workers=0, recipe='best', cache='none', size=64, arch='resnet10_8', extra='both', mixup=.4, progressive=.6, ema=.9, lr=.008)
+    kw = dict(num_workers=0, recipe='best', cache='none', size=64, arch='resnet10_8', extra='both', mixup=.4, progressive=.6, ema=.9, lr=.008, objective='rotation(views=one)+fixmatch(start_pct=.5, threshold=.2)')
     survive(processes, folder, tmp_path, [moment], kw, every=2, ranks=ranks)
 
 def stopped(processes, folder, out, kw, moment, signals, to_group=True, **more):
