@@ -19,7 +19,10 @@ def _align(opt, args, kwargs):
 
 class _Aligned:
     "An optimizer of torch whose fused step is safe where the memory order changes; duplicates and unpickled ones too"
-    def __init__(self, params, **kwargs):
+    def __init__(self,
+        params, # Parameters, or groups of them
+        **kwargs # As for the optimizer of torch
+    ):
         super().__init__(params, **kwargs)
         self._aligning = self.register_step_pre_hook(_align)
 
@@ -61,7 +64,8 @@ class _FusedAdamW(_FusedOptFunc):
         "AdamW as in `torch.optim.AdamW`: Adam's step, and apart from it `p -= lr·wd·p`"
         return OptimWrapper(params, AlignedAdamW, lr=lr, **self.torch_args(mom, sqr_mom, eps, wd))
 
-NesterovSGD,FusedAdamW = _NesterovSGD(),_FusedAdamW()
+NesterovSGD = _NesterovSGD()
+FusedAdamW = _FusedAdamW()
 
 # %% ../nbs/09_optimizer.ipynb #49e3983b
 _named = dict(nesterov=(NesterovSGD,.1), adamw=(FusedAdamW,3e-3), ranger=(ranger,8e-3))
