@@ -68,7 +68,8 @@ def make_objectives(
     return res
 
 def passes_per_image(
-    objectives # Callbacks
+    objectives, # Callbacks
+    pct:float=None # Share of the run that is done; on average over the run by default
 )->float:
-    "Image passes for each unlabelled image of a step, forward and backward, on average over the run; one that is only forward counts a third, one that two objectives share counts for each"
-    return sum(o.passes_per_image*(1-o.start_pct) for o in objectives)
+    "Image passes for each unlabelled image of a step, forward and backward; one that is only forward counts a third, one that two objectives share counts for each"
+    return sum(o.passes_per_image*(1-o.start_pct if pct is None else o.start_pct<=pct) for o in objectives)

@@ -95,10 +95,16 @@ class RunConfig:
 
     def cost(self,
         begin:float=0., # Share of the training
-        end:float=1. # Not before `begin`
-    )->float: # Of a step with whole images
-        "What a step takes between two points of the training, where images grow"
-        return ProgressiveResize(self.progressive).cost(self.size, begin, end) if self.progressive else 1.
+        end:float=1., # Not before `begin`
+        baseline:bool=False # Without unlabelled images
+    )->float: # Of a step with whole images and as many passes as all have on average
+        "What a step takes between two points of the training, where images grow and objectives begin late"
+        grow = partial(ProgressiveResize(self.progressive).cost, self.size) if self.progressive else lambda *_: 1.
+        bs,late = self.bs or get_recipe(self.recipe, self.size).n_labeled*self.unlabeled_bs,[] if baseline else self.objectives()
+        at = [begin,*sorted(o.start_pct for o in late if begin<o.start_pct<end),end]
+        costs = [(bs+self.unlabeled_bs*passes_per_image(late, b))*grow(b, e) for b,e in zip(at, at[1:])]
+        mean = sum(c*(e-b) for c,b,e in zip(costs, at, at[1:]))/(end-begin) if begin<end else costs[0]
+        return mean/self.passes_per_step(bs, baseline)
 
     def passes_per_step(self,
         bs:int, # Labelled images a step
@@ -228,7 +234,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
     learn.path = folder
     if plain:
         learn.remove_cb(ProgressCallback)
-        if first_process: learn.add_cb(PlainProgress(cost=cfg.cost))
+        if first_process: learn.add_cb(PlainProgress(cost=partial(cfg.cost, baseline=baseline)))
     if first_process: learn.add_cb(_time_estimate(cfg, dls, baseline, later))
     cbs = [saver, StopDiverged(), *([CSVLogger(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
@@ -246,7 +252,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
 def _time_estimate(cfg, dls, baseline, later):
     "A callback that prints when this run ends, and those that follow"
     n,bs,valid = cfg.epochs*dls.steps_per_epoch(cfg.processes),dls.train.bs*cfg.processes,cfg.epochs*len(dls.valid.dataset)/3
-    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))), cfg.cost)
+    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))), partial(cfg.cost, baseline=baseline))
 
 def _earlier(cfg, folder, baseline, resume):
     "Results that `folder` holds already; raises where it is of another run, or failed"
