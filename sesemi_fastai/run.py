@@ -102,9 +102,8 @@ class RunConfig:
         grow = partial(ProgressiveResize(self.progressive).cost, self.size) if self.progressive else lambda *_: 1.
         bs,late = self.bs or get_recipe(self.recipe, self.size).n_labeled*self.unlabeled_bs,[] if baseline else self.objectives()
         at = [begin,*sorted(o.start_pct for o in late if begin<o.start_pct<end),end]
-        costs = [(bs+self.unlabeled_bs*passes_per_image(late, b))*grow(b, e) for b,e in zip(at, at[1:])]
-        mean = sum(c*(e-b) for c,b,e in zip(costs, at, at[1:]))/(end-begin) if begin<end else costs[0]
-        return mean/self.passes_per_step(bs, baseline)
+        parts = [((bs+self.unlabeled_bs*passes_per_image(late, b))*grow(b, e), e-b) for b,e in zip(at, at[1:])]
+        return (sum(c*w for c,w in parts)/(end-begin) if begin<end else parts[0][0])/self.passes_per_step(bs, baseline)
 
     def passes_per_step(self,
         bs:int, # Labelled images a step
@@ -160,8 +159,7 @@ class DivergedError(ValueError):
     def __init__(self,
         message:str # What isn't finite, and where
     ):
-        super().__init__(message)
-        self.message = message
+        super().__init__(message); self.message = message
     def __str__(self): return self.message   # fastai writes the callback's name into the arguments
 
 class StopDiverged(TransientCallback):

@@ -220,7 +220,7 @@ mutants = [
     M('unlabeled', 'in self.begun(self.learning(\'joint\'))', 'in self.learning(\'joint\')', 'test_objectives.py::test_late_start'),
     M('unlabeled', 'in split_graphs(self.begun(self.learning(\'sequential\')))', 'in split_graphs(self.learning(\'sequential\'))', 'test_objectives.py::test_late_start'),
     M('unlabeled', 'self.average_gradients(done)', 'self.average_gradients(bool(self.begun(self.learning(\'sequential\'))))', 'test_distributed.py::test_late_start'),
-    M('objective_text', 'o.passes_per_image*(1-o.start_pct)', 'o.passes_per_image', 'objective_text'),
+    M('objective_text', 'o.passes_per_image*(1-o.start_pct if pct is None else o.start_pct<=pct)', 'o.passes_per_image', 'objective_text'),
     M('objective', 'opt.hypers[0].update(learn.opt.hypers[-1])', 'pass', 'objective'),
     M('objective', "p['do_wd'] = False", 'pass', 'test_parity.py objective'),
     M('objective', 'any(isinstance(o, MixedPrecision) for o in learn.cbs)', 'True', 'test_matrix.py::test_scaler_left_behind'),
