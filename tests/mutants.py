@@ -216,7 +216,7 @@ mutants = [
     M('passes', 'if key not in self.passes:', 'if True:', 'passes'),
     M('passes', '        self.passes.clear()', '        pass', 'test_objectives.py', why='only memory is freed: peak memory is measured by the benchmark'),
     M('objective', 'exp(-5*(1-t/self.ramp_pct)**2)', 'exp(-5*(1-t/self.ramp_pct))', 'pretext'),
-    M('objective', 't = pct-self.start_pct', 't = pct', 'objective'),
+    M('objective', 't = pct-self.start_pct', 't = pct', 'pretext'),
     M('unlabeled', 'in self.begun(self.learning(\'joint\'))', 'in self.learning(\'joint\')', 'test_objectives.py::test_late_start'),
     M('unlabeled', 'in split_graphs(self.begun(self.learning(\'sequential\')))', 'in split_graphs(self.learning(\'sequential\'))', 'test_objectives.py::test_late_start'),
     M('unlabeled', 'self.average_gradients(done)', 'self.average_gradients(bool(self.begun(self.learning(\'sequential\'))))', 'test_distributed.py::test_late_start'),
