@@ -75,7 +75,7 @@ def new_classifier(
     except (AssertionError, RuntimeError) as e:
         raise ValueError(f"{type(model).__name__} can't take images of {x.shape[-2]}×{x.shape[-1]} pixels ({str(e).splitlines()[0]}): use the size that it is made for, or another arch.") from e
 
-_activations = dict(relu=nn.ReLU, mish=Mish, silu=nn.SiLU, hardswish=nn.Hardswish)
+_activations = dict(mish=Mish, silu=nn.SiLU, hardswish=nn.Hardswish)   # in place of ReLU
 _xresnets = [k for k in xresnet.__all__ if re.match(r'x(se_)?resnex?t\d', k)]
 _aux = dict(googlenet=dict(aux_logits=False, init_weights=True), inception_v3=dict(aux_logits=False, init_weights=True))   # a second output would only be there in training
 
@@ -87,8 +87,9 @@ def get_arch(
     names = list_models(module=torchvision.models)   # classifiers only: those for detection and segmentation would fetch weights
     if name in names: return partial(get_model_builder(name), weights=None, **_aux.get(name, {}))
     if name.startswith('timm:'): return _timm_arch(name)
-    base,_,act = name.rpartition('_') if name.endswith(('_mish','_silu','_hardswish')) else (name,'','relu')
-    if base in _xresnets: return partial(getattr(xresnet, base), act_cls=_activations[act])
+    base,_,act = name.rpartition('_')
+    if act not in _activations: base = name
+    if base in _xresnets: return partial(getattr(xresnet, base), act_cls=_activations.get(act, nn.ReLU))
     near = get_close_matches(name, ['resnet10',*names,*_xresnets], n=1)
     raise ValueError(f"arch={name!r} isn't the name of a classifier: use resnet10, one of torchvision such as resnet18 or resnet50, one of fastai such as xresnet18, or timm:NAME"+(f"; did you mean {near[0]}?" if near else '.'))
 

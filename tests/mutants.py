@@ -353,7 +353,7 @@ mutants = [
     M('progressive', "int(full*share/self.multiple+1e-6)*self.multiple", "int(full*share)", 'progressive'),
     M('progressive', "order,run_valid = -1,False", "order,run_valid = -1,True", 'progressive'),
     M('unlabeled', "return x if grow is None else grow.resized(x)", "return x", 'progressive'),
-    M('learner', "act_cls=_activations[act]", "act_cls=nn.ReLU", 'learner'),
+    M('learner', "act_cls=_activations.get(act, nn.ReLU)", "act_cls=nn.ReLU", 'learner'),
     M('learner', "if smooth and kwargs.get('loss_func') is None:", "if smooth:", 'learner'),
     M('run', "if getattr(self, k) is None: setattr(self, k, v)", "setattr(self, k, v)", 'run'),
     M('run', "(k not in late or v)", "True", 'run'),

@@ -83,7 +83,7 @@ class Weights(Callback):
 @pytest.mark.parametrize('backward', ['joint','sequential'])
 @pytest.mark.parametrize('name', family)
 def test_late_start(dls, name, backward):
-    "`start_pct`: until then an objective is absent to the bit, makes no pass and has no values in its columns; from then on it is there"
+    "`start_pct`: until then an objective is absent, bitwise, makes no pass and has no values in its columns; from then on it is there"
     cbs = partial(family[name], backward=backward)
     late = cbs(start_pct=.5)
     extra,passes = [o for o in cbs() if not isinstance(o, UnlabeledObjective)],[]

@@ -19,8 +19,8 @@ log,work = Log(here/'results'/'recipes'/'trials.jsonl'),here.parent.parent/'runs
 passes = 310_656
 protocol = dict(recipe='fast', arch='resnet18', bs=64, unlabeled_bs=16)
 # every part is said, so that a trial stays what it was where the recipe changes
-labels = 'fixmatch(threshold=.7,start_pct=.7)'
-best = dict(recipe='best', arch='xresnet18_silu', bs=32, unlabeled_bs=32, mixup=0., progressive=.75, objective='rotation(views=one)+'+labels)
+pseudo_labels = 'fixmatch(threshold=.7,start_pct=.7)'
+best = dict(recipe='best', arch='xresnet18_silu', bs=32, unlabeled_bs=32, mixup=0., progressive=.75, objective='rotation(views=one)+'+pseudo_labels)
 turns = best|dict(objective='rotation(views=one)')
 mish = turns|dict(arch='xresnet18_mish', mixup=.4)   # what was tried before
 plain = mish|dict(mixup=0., progressive=0.)
@@ -28,10 +28,10 @@ plain64 = plain|dict(bs=64, unlabeled_bs=64)
 relu64 = plain64|dict(arch='xresnet18')
 trials = dict(protocol=protocol, best=best,
     protocol_one=protocol|dict(unlabeled_bs=64, objective='rotation(views=one)'), protocol_xresnet=protocol|dict(arch='xresnet18_silu'), protocol_ranger=protocol|dict(opt='ranger', schedule='flat_cos'), protocol_smoothing=protocol|dict(label_smoothing=.1),
-    protocol_mixup=protocol|dict(mixup=.4), protocol_growing=protocol|dict(progressive=.75), protocol_no_dropout=protocol|dict(dropout=0.), protocol_fixmatch=protocol|dict(objective='rotation+'+labels), protocol_extra=protocol|dict(extra='both'),
-    best_mixup=best|dict(mixup=.4), best_no_growing=best|dict(progressive=0.), best_no_smoothing=best|dict(label_smoothing=0.), best_no_fixmatch=turns, best_no_rotation=best|dict(objective=labels), best_four=best|dict(unlabeled_bs=8, objective='rotation+'+labels),
+    protocol_mixup=protocol|dict(mixup=.4), protocol_growing=protocol|dict(progressive=.75), protocol_no_dropout=protocol|dict(dropout=0.), protocol_fixmatch=protocol|dict(objective='rotation+'+pseudo_labels), protocol_extra=protocol|dict(extra='both'),
+    best_mixup=best|dict(mixup=.4), best_no_growing=best|dict(progressive=0.), best_no_smoothing=best|dict(label_smoothing=0.), best_no_fixmatch=turns, best_no_rotation=best|dict(objective=pseudo_labels), best_four=best|dict(unlabeled_bs=8, objective='rotation+'+pseudo_labels),
     best_mish=best|dict(arch='xresnet18_mish'), best_relu=best|dict(arch='xresnet18'), best_resnet=best|dict(arch='resnet18'), best_timm=best|dict(arch='timm:resnet18d'), best_adamw=best|dict(opt='adamw'), best_nesterov=best|dict(opt='nesterov', schedule='poly'), best_bs64=best|dict(bs=64, unlabeled_bs=64), best_ema=best|dict(ema=.998),
-    best_bn=best|dict(objective='rotation(views=one,bn=batch)+'+labels.replace(')',',bn=batch)')), best_no_val=best|dict(val_in_pool=False), best_labels=best|dict(extra='labels'), best_images=best|dict(extra='images'), best_extra=best|dict(extra='both'),
+    best_bn=best|dict(objective='rotation(views=one,bn=batch)+'+pseudo_labels.replace(')',',bn=batch)')), best_no_val=best|dict(val_in_pool=False), best_labels=best|dict(extra='labels'), best_images=best|dict(extra='images'), best_extra=best|dict(extra='both'),
     turns_adamw=turns|dict(opt='adamw'), turns16_48=turns|dict(bs=16, unlabeled_bs=48, mixup=.2), mish=mish, mish_growing_half=mish|dict(progressive=.5), plain=plain, plain_growing=plain|dict(progressive=.5), plain64=plain64, relu64=relu64, relu64_images=relu64|dict(extra='images'), relu64_extra=relu64|dict(extra='both'), relu32_96=relu64|dict(bs=32, unlabeled_bs=96))
 
 def config(path, name, share, seed):
