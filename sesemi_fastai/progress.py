@@ -56,9 +56,10 @@ class TimeEstimate(TransientCallback):
         passes:float, # A step, through the network, forward and backward
         later:float=0., # Image passes of what is trained after this fit
         cost=None, # As for `PlainProgress`, where a step with whole images is 1
+        now=None, # From a share of the training to the passes of a step there, where objectives begin late
         skip:int=2, # Steps before the first that is measured
         n:int=10 # Steps that are measured
-    ): self._images,self._passes,self._later,self._cost,self._skip,self._n,self._seen,self._since,self._pause = images,passes,later,cost or _alike,skip,n,0,0.,0.
+    ): self._images,self._passes,self._later,self._cost,self._now,self._skip,self._n,self._seen,self._since,self._pause = images,passes,later,cost or _alike,now,skip,n,0,0.,0.
     def state_dict(self):
         "Nothing: what was measured is of this machine"
         return {}
@@ -78,9 +79,10 @@ class TimeEstimate(TransientCallback):
     def _tell(self, sec):
         "Print what follows from `sec` seconds a step"
         n,done = self.n_epoch*self.n_iter,self.epoch*self.n_iter+self.iter+1
+        per_second = [o/sec for o in (self._images,self._now(done/n) if self._now else self._passes)]
         left = (n-done)*self._passes*self._cost(done/n, 1)+(self.n_epoch-self.epoch)*len(self.dls.valid.dataset)/3
         own,more = (o*sec/self._passes/self._cost((done-self._n)/n, done/n) for o in (left,self._later*self._cost(0, 1)))
         day = '%H:%M' if own+more<43200 else '%a %d %b, %H:%M'
         at = lambda s: time.strftime(day, time.localtime(time.time()+s))
-        print('\n'*sys.stdout.isatty()+f"{self._n} steps measured: {self._images/sec:,.{0 if self._images>=100*sec else 1}f} images a second ({self._passes/sec:,.{0 if self._passes>=100*sec else 1}f} image passes); this run ends at about {at(own)}, in {format_time(own)}"
+        print('\n'*sys.stdout.isatty()+f"{self._n} steps measured: {' images a second ('.join(f'{o:,.{0 if o>=100 else 1}f}' for o in per_second)} image passes); this run ends at about {at(own)}, in {format_time(own)}"
               +(f", all of them at about {at(own+more)}" if more else ''), flush=True)

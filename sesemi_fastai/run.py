@@ -100,17 +100,17 @@ class RunConfig:
     )->float: # Of a step with whole images and as many passes as all have on average
         "What a step takes between two points of the training, where images grow and objectives begin late"
         grow = partial(ProgressiveResize(self.progressive).cost, self.size) if self.progressive else lambda *_: 1.
-        bs,late = self.bs or get_recipe(self.recipe, self.size).n_labeled*self.unlabeled_bs,[] if baseline else self.objectives()
-        at = [begin,*sorted(o.start_pct for o in late if begin<o.start_pct<end),end]
-        parts = [((bs+self.unlabeled_bs*passes_per_image(late, b))*grow(b, e), e-b) for b,e in zip(at, at[1:])]
-        return (sum(c*w for c,w in parts)/(end-begin) if begin<end else parts[0][0])/self.passes_per_step(bs, baseline)
+        at = [begin,*sorted(o.start_pct for o in self.objectives() if begin<o.start_pct<end),end]
+        parts = [(self.passes_per_step(None, baseline, b)*grow(b, e), e-b) for b,e in zip(at, at[1:])]
+        return (sum(c*w for c,w in parts)/(end-begin) if begin<end else parts[0][0])/self.passes_per_step(None, baseline)
 
     def passes_per_step(self,
-        bs:int, # Labelled images a step
-        baseline:bool=False # Without unlabelled ones
+        bs:int=None, # Labelled images a step; its own, or the recipe's for as many unlabelled ones, by default
+        baseline:bool=False, # Without unlabelled ones
+        pct:float=None # At that share of the training; on average by default
     )->float:
         "Image passes of a step, forward and backward; one that is only forward, as for a target, counts a third"
-        return bs+(0 if baseline else self.unlabeled_bs*passes_per_image(self.objectives()))
+        return (bs or self.bs or get_recipe(self.recipe, self.size).n_labeled*self.unlabeled_bs)+(0 if baseline else self.unlabeled_bs*passes_per_image(self.objectives(), pct))
 
     def fit(self,
         learn:Learner, # Of this run
@@ -250,7 +250,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
 def _time_estimate(cfg, dls, baseline, later):
     "A callback that prints when this run ends, and those that follow"
     n,bs,valid = cfg.epochs*dls.steps_per_epoch(cfg.processes),dls.train.bs*cfg.processes,cfg.epochs*len(dls.valid.dataset)/3
-    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))), partial(cfg.cost, baseline=baseline))
+    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))), partial(cfg.cost, baseline=baseline), partial(cfg.passes_per_step, bs, baseline))
 
 def _earlier(cfg, folder, baseline, resume):
     "Results that `folder` holds already; raises where it is of another run, or failed"
