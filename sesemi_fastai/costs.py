@@ -23,7 +23,7 @@ def training_counts(
 )->dict: # `flops` and `activations` (bytes in float32, kept for the backward pass) of an image pass, forward and backward; `parameters` of the network
     "What training `arch` takes for each image, counted"
     n,kept = 4,{}
-    with torch.device('meta'): model,x = get_arch(arch)(num_classes=10),torch.empty(n,3,size,size)
+    with torch.device('meta'): x = torch.empty(n,3,size,size); model = new_classifier(arch, x, 10, dropout=0.)
     own = [p.untyped_storage() for p in model.parameters()]   # a storage is one object as long as somebody has it
     def keep(t):
         s = t.untyped_storage()

@@ -174,7 +174,7 @@ def from_folder(cls:PairedDataLoaders,
     exclude=(), # Files to leave out of every stream, or a JSON file that lists them
     on_bad_image:str='error', # An image that can't be read: 'error', or 'skip' to train without it
     labels_per_class:int=None, # Labelled images of each class, the first by name; the others are trained on without their labels where `train` is in `unlabeled`. All by default
-    extra:str=None, # What classes of `train` that `valid` hasn't are for: 'labels', every second labelled image is then of them; 'images', they are unlabelled ones; or 'both'. Left out by default
+    extra:str=None, # How to use classes of `train` that `valid` doesn't have: 'labels', every second labelled image is then of them, and `accuracy_among(dls.valid_vocab)` is the metric; 'images', as unlabelled images; or 'both'. Left out by default
     n_steps:int=None, # Batches in an epoch; one pass over the larger stream by default
     val_bs:int=None, # Validation images a batch; `bs` by default
     device=None, # Device of the batches; fastai's default

@@ -102,16 +102,16 @@ def _missing(out, runs, link):
         (above<=.8*n, f"{above} of {n} runs are above {row:.2f} %, the row that stands: the rules ask for more than 80 % of them.")) if cond]
 
 def _labels_words(r):
-    "What labels are of, and what the folders of train are for that val hasn't"
+    "What labels are of, and how the folders of train are used that val doesn't have"
     n,own = f"Labels are those of the {r['counts']['labeled']:,} images of train in",f"the {len(r['classes'])} classes of val"
     return {None:f"{n} {own}; the other folders of train aren't used.", 'images':f"{n} {own}; the other folders of train are among the unlabelled images.",
-            'labels':f"{n} all its classes, and predictions are judged among {own}.", 'both':f"{n} all its classes, which are all among the unlabelled images; predictions are judged among {own}."}[r.get('extra')]
+            'labels':f"{n} all its classes, and predictions are among {own}.", 'both':f"{n} all its classes, which are all among the unlabelled images; predictions are among {own}."}[r.get('extra')]
 
 def _kept(r):
     "How the rules were kept, in sentences"
     c = r['counts']
     return [f"Random weights at the start: {r['arch']}, drawn from the seed of each run.",
-            f"Validation images are crops of {r['size']} px, as training images are, and each is classified once.",
+            f"Validation images are crops of {r['size']} px, {'to which training images grow' if r.get('progressive') else 'as training images are'}, and each is classified once.",
             f"An epoch is one pass over the {c['unlabeled']:,} unlabelled images, {r['steps_per_epoch']:,} steps of {r['unlabeled_bs']} of them and {r['bs']} labelled ones; val is {'' if r['val_in_pool'] else 'not '}among them, and labels of unsup and val are never trained on.",
             _labels_words(r),
             "Accuracy is top-1 on val after the last epoch."]

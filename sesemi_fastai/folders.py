@@ -97,7 +97,7 @@ def split_folder(
     valid:str='val', # Folder of validation images, one folder a class
     unlabeled:tuple=('train','val','unsup'), # Folders of unlabelled images, searched at any depth
     exclude=(), # Files to leave out of every stream, or a JSON file that lists them
-    extra:str=None # What classes of `train` that `valid` hasn't are for: 'labels', 'images' or 'both'; left out by default
+    extra:str=None # How to use classes of `train` that `valid` doesn't have: as 'labels', as unlabelled 'images', or 'both'; left out by default
 )->FolderFiles:
     "Which files of `path` are labelled, for validation and unlabelled"
     path = Path(path).expanduser()

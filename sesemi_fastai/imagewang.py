@@ -65,12 +65,12 @@ def seconds_per_step(
 def _image_words(cfg, dls):
     "Images of each stream"
     c = image_counts(dls)
-    few = f" ({cfg.labels_per_class} of each class; other labels aren't read)" if cfg.labels_per_class else ''
+    few = f" ({cfg.labels_per_class} of each class{' of val' if cfg.extra in ('labels','both') else ''}; other labels aren't read)" if cfg.labels_per_class else ''
     return f"Images     {c['labeled']:,} labelled{few}, {c['unlabeled']:,} unlabelled (val {'among them' if cfg.val_in_pool else 'kept out'}), {c['valid']:,} for validation"
 
 def _extra_words(cfg, dls):
-    "What classes that validation hasn't are for"
-    return f"Extra      classes of train that val hasn't are "+dict(labels="learned too", images="among the unlabelled images", both="learned too, and among the unlabelled images")[cfg.extra]+(f": {len(dls.vocab)} in all, of which val is judged among {len(dls.valid_vocab)}" if cfg.extra!='images' else '')
+    "What is done with classes of `train` that `val` doesn't have"
+    return f"Extra      classes of train that val doesn't have are "+dict(labels="labelled data too", images="unlabelled images", both="labelled data and unlabelled images too")[cfg.extra]+(f": {len(dls.vocab)} in all, of which the {len(dls.valid_vocab)} of val are evaluated" if cfg.extra!='images' else '')
 
 def run_plan(
     cfg:RunConfig, # One run
@@ -94,9 +94,9 @@ def run_plan(
               f"Network    {cfg.arch}, {cfg.size} px, recipe {cfg.recipe}, {training_formats(learn)}",
               f"Optimizer  {cfg.opt}, learning rate up to {cfg.lr:g}, schedule {cfg.schedule}{extras_words(asdict(cfg))}",
               f"A step     {bs} labelled images and {ubs} unlabelled{f', over {cfg.processes} processes' if cfg.processes>1 else ''}; {objective_words(asdict(cfg))}, {per_image:.3g} passes for each unlabelled image",
-              f"A run      {cfg.epochs} epochs of {n:,} steps = {total:,} steps, {passes(False)} image passes{f' ({passes(True)} of a baseline)' if baseline else ''}; each labelled image is seen {total*bs/c['labeled']:,.0f} times",
+              f"A run      {cfg.epochs} epochs of {n:,} steps = {total:,} steps, {passes(False)} image passes{f' ({passes(True)} of a baseline)' if baseline else ''}; a labelled image is seen {total*bs/c['labeled']:,.0f} times on average",
               f"Runs       {runs}{', each with a supervised baseline of as many steps' if baseline else ''}, from seed {cfg.seed}",
-              f"Time       about {format_time(secs*total*cfg.cost()*runs)} here, validation not counted"]
+              f"Time       about {format_time(secs*total*cfg.cost(bs)*runs)} here, validation not counted"]
     return '\n'.join(lines)
 
 # %% ../nbs/16_imagewang.ipynb #65b17d1d
@@ -165,10 +165,10 @@ def sesemi_imagewang(
     label_smoothing:float=None, # Share of the target that all classes have in common [0; best 0.1]
     mixup:float=None, # Mix labelled images, by a parameter such as 0.2 [0, for none]
     progressive:float=None, # Share of the training in which images grow from half their side [0, for none; best 0.75]
-    recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32; best: fast with fastai's own network and optimizer, images that grow, and pseudo-labels late in training [reference; sample gentle]
+    recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32; best: fast with fastai's own network and optimizer, progressive resizing, and pseudo-labels late in training; says how to train, on the sample too [reference; sample gentle]
     cache:str=None, # Folder for decoded images of the fast recipe, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
-    extra:str=None, # What classes of train that val hasn't are for: labels, to learn them too; images, as unlabelled ones; or both [left out, as published]
+    extra:str=None, # How to use classes of train that val doesn't have: labels, as further labelled classes; images, as unlabelled images; or both [left out, as published]
     steps:int=None, # Stop each epoch after so many steps, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     deterministic:bool=False, # The same bits each time on a GPU too, at some cost in time
@@ -218,7 +218,11 @@ def _config(args):
     if args['runs'] is not None and args['runs']<1: raise ValueError(f"--runs {args['runs']} must be 1 or more.")
     ResumeTraining(Path(args['out'] or '.')/'resume', args['save_every'])
     if args['class_names']: class_names((), args['class_names'])
-    return RunConfig(data, data if data in ('sample',*_urls) else Path(data).name, **{**(_sample_defaults if data=='sample' else _defaults), **given}, **same)
+    preset = _sample_defaults if data=='sample' else _defaults
+    if args['recipe']:   # what it says of training comes before what the sample would have
+        said = get_recipe(args['recipe'], given.get('size', preset['size'])).training
+        preset = {k:v for k,v in preset.items() if said.get(k)==published_training.get(k)}
+    return RunConfig(data, data if data in ('sample',*_urls) else Path(data).name, **{**preset, **given}, **same)
 
 # %% ../nbs/16_imagewang.ipynb #0d760ede
 def imagewang_command(

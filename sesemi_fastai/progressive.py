@@ -8,6 +8,7 @@ __all__ = ['ProgressiveResize']
 # %% ../nbs/10b_progressive.ipynb #10b00002
 from fastai.vision.all import *
 from .transient import *
+from .features import *
 
 # %% ../nbs/10b_progressive.ipynb #10b00005
 class ProgressiveResize(TransientCallback):
@@ -43,6 +44,19 @@ class ProgressiveResize(TransientCallback):
         if x.ndim!=4: return x
         size = [self.side(o, self.learn.pct_train) for o in x.shape[-2:]]
         return x if size==[*x.shape[-2:]] else F.interpolate(x, size=size, mode='bilinear', antialias=True)
+    def check(self,
+        model:nn.Module, # As it will be trained
+        x:Tensor # `(B,C,H,W)` of whole images
+    ):
+        "Raise `ValueError` where `model` can't take images as small as the first, or where none is smaller"
+        small = F.interpolate(x, size=[self.side(o, 0) for o in x.shape[-2:]])
+        if small.shape==x.shape: raise ValueError(f"Images of {x.shape[-2]}×{x.shape[-1]} pixels can't begin smaller, since the smallest side is {self.least} pixels and the first {self.start:g} of the whole: use progressive=0, or a ProgressiveResize with a lower least or start.")
+        try:
+            with torch.no_grad(), eval_mode(model): model(small)
+        except (AssertionError, RuntimeError) as e: raise ValueError(f"{type(model).__name__} can't take images of {small.shape[-2]}×{small.shape[-1]} pixels, as which those of {x.shape[-2]}×{x.shape[-1]} begin ({str(e).splitlines()[0]}): use progressive=0, or another arch.") from e
+    def before_fit(self):
+        "Raises `ValueError` where there are two, which would reduce labelled images twice"
+        if len(self.learn.cbs.filter(risinstance(ProgressiveResize)))>1: raise ValueError("This Learner has two ProgressiveResize: leave one out, or take the recipe's away, with progressive=0 or learn.remove_cb(ProgressiveResize).")
     def before_batch(self):
         "Reduce the labelled images; the unlabelled ones are reduced where they are taken from their loader"
         self.learn.xb = tuple(self.resized(o) if isinstance(o, Tensor) else o for o in self.xb)

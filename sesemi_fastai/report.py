@@ -148,7 +148,7 @@ def difference_words(
             +("The interval includes 0: these runs don't show that unlabelled images made a difference." if low<=0<=high else f"The interval excludes 0: unlabelled images {'helped' if diff>0 else 'hurt'} here."))
 
 # %% ../nbs/12_report.ipynb #ce80c39c
-_same = ('size','epochs','steps','arch','recipe','val_in_pool','dataset','objective','ema','lr','warmup_epochs','unlabeled_bs','bf16','bn_groups','bs','labels_per_class','dropout','opt','schedule','label_smoothing','mixup','progressive')
+_same = ('size','epochs','steps','arch','recipe','val_in_pool','dataset','objective','ema','lr','warmup_epochs','unlabeled_bs','bf16','bn_groups','bs','labels_per_class','dropout','opt','schedule','label_smoothing','mixup','progressive','extra','exclude')
 
 def leaderboard(
     out:Path, # Folder that holds the runs
@@ -172,7 +172,7 @@ def leaderboard(
     if lack: lines += ['',f"Not counted: {'; '.join(f'{k}: {v}' for k,v in lack.items())}."]
     return '\n'.join(lines)+'\n'
 
-def _few_labels(r): return f", with the labels of {r['labels_per_class']} images of each class" if r.get('labels_per_class') else ''
+def _few_labels(r): return f", with the labels of {r['labels_per_class']} images of each class{' of val' if r.get('extra') in ('labels','both') else ''}" if r.get('labels_per_class') else ''
 
 def objective_words(
     r:dict # `results.json` of a run
@@ -184,7 +184,7 @@ def extras_words(
     r:dict # `results.json` of a run
 )->str: # '' where it has none
     "What a run has beside the published training, in words"
-    words = dict(label_smoothing='label smoothing {:g}', mixup='MixUp {:g}', progressive='images that grow for {:.0%} of the steps', extra='further classes of train for {}')
+    words = dict(label_smoothing='label smoothing {:g}', mixup='MixUp {:g}', progressive='progressive resizing over {:.0%} of the steps', extra='further classes of train for {}')
     return ''.join(', '+w.format('labels and images' if r[k]=='both' else r[k]) for k,w in words.items() if r.get(k))
 
 def passes_words(

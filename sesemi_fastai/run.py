@@ -43,7 +43,7 @@ class RunConfig:
     epochs:int=80               # Passes over the unlabelled pool
     arch:str=None               # See `get_arch`; this and what else is None here is by default what the recipe says
     unlabeled_bs:int=32         # Unlabelled images a step
-    bs:int=None                 # Labelled images a step; by default four times the unlabelled ones, or as many as there are
+    bs:int=None                 # Labelled images a step; by default four times the unlabelled ones, for 'best' as many, or as many as there are
     labels_per_class:int=None   # Labelled images of each class, the first by name; all by default
     dropout:float=None          # Rate before the classifier
     opt:str=None                # See `get_opt_func`
@@ -56,7 +56,7 @@ class RunConfig:
     warmup_epochs:float=None    # By default the smaller of 10 and an eighth of `epochs`
     recipe:str='reference'      # See `recipes`
     val_in_pool:bool=True       # Whether validation images are among the unlabelled ones
-    extra:str=None              # What classes that validation hasn't are for, see `PairedDataLoaders.from_folder`; left out by default
+    extra:str=None              # How to use classes of `train` that `val` doesn't have, see `PairedDataLoaders.from_folder`; left out by default
     steps:int=None              # Steps an epoch, for trials; one pass by default
     bf16:bool=False             # bfloat16 autocast
     objective:str=None          # What is asked of unlabelled images, see `parse_objectives`
@@ -75,7 +75,7 @@ class RunConfig:
             if (v := getattr(self, k)) is not None and v<least: raise ValueError(f"{k}={v} must be {least} or more.")
         for k,v in get_recipe(self.recipe, self.size).training.items():
             if getattr(self, k) is None: setattr(self, k, v)
-        if self.lr is None: self.lr = get_opt_func(self.opt)[1]
+        self.lr = ifnone(self.lr, get_opt_func(self.opt)[1])
         if not (math.isfinite(self.lr) and self.lr>0): raise ValueError(f"lr={self.lr} must be above 0 and finite, such as 0.1.")
         if self.warmup_epochs is not None and not 0<=self.warmup_epochs<=self.epochs: raise ValueError(f"warmup_epochs={self.warmup_epochs} must be between 0 and epochs={self.epochs}.")
         for k,eg in dict(dropout=.5, label_smoothing=.1, progressive=.5).items():
@@ -85,8 +85,7 @@ class RunConfig:
         if self.ema is not None and not 0<self.ema<1: raise ValueError(f"ema={self.ema} must be between 0 and 1, such as 0.999.")
         for k,known in dict(backward=('joint','sequential'), on_bad_image=('error','skip'), schedule=('poly','cosine','flat_cos'), extra=(None,'labels','images','both')).items():
             if (v := getattr(self, k)) not in known: raise ValueError(f"{k}={v!r} isn't known: use {', '.join(known[known[0] is None:-1])} or {known[-1]}.")
-        get_arch(self.arch); get_opt_func(self.opt)
-        self.objective = objective_text(parse_objectives(self.objective)); self.objectives()
+        get_arch(self.arch); self.objective = objective_text(parse_objectives(self.objective)); self.objectives()
         if self.extra=='labels' and any(getattr(o,'align',None) for o in self.objectives()): raise ValueError("extra='labels' gives classes that no unlabelled image has, and predictions can't be aligned with those: use 'both', or leave out align.")
 
     def objectives(self):
@@ -94,6 +93,7 @@ class RunConfig:
         return make_objectives(self.objective, backward=self.backward)
 
     def cost(self,
+        bs:int, # Labelled images a step
         begin:float=0., # Share of the training
         end:float=1., # Not before `begin`
         baseline:bool=False # Without unlabelled images
@@ -101,16 +101,16 @@ class RunConfig:
         "What a step takes between two points of the training, where images grow and objectives begin late"
         grow = partial(ProgressiveResize(self.progressive).cost, self.size) if self.progressive else lambda *_: 1.
         at = [begin,*sorted(o.start_pct for o in self.objectives() if begin<o.start_pct<end),end]
-        parts = [(self.passes_per_step(None, baseline, b)*grow(b, e), e-b) for b,e in zip(at, at[1:])]
-        return (sum(c*w for c,w in parts)/(end-begin) if begin<end else parts[0][0])/self.passes_per_step(None, baseline)
+        parts = [(self.passes_per_step(bs, baseline, b)*grow(b, e), e-b) for b,e in zip(at, at[1:])]
+        return (sum(c*w for c,w in parts)/(end-begin) if begin<end else parts[0][0])/self.passes_per_step(bs, baseline)
 
     def passes_per_step(self,
-        bs:int=None, # Labelled images a step; its own, or the recipe's for as many unlabelled ones, by default
+        bs:int, # Labelled images a step
         baseline:bool=False, # Without unlabelled ones
         pct:float=None # At that share of the training; on average by default
     )->float:
         "Image passes of a step, forward and backward; one that is only forward, as for a target, counts a third"
-        return (bs or self.bs or get_recipe(self.recipe, self.size).n_labeled*self.unlabeled_bs)+(0 if baseline else self.unlabeled_bs*passes_per_image(self.objectives(), pct))
+        return bs+(0 if baseline else self.unlabeled_bs*passes_per_image(self.objectives(), pct))
 
     def fit(self,
         learn:Learner, # Of this run
@@ -232,7 +232,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
     learn.path = folder
     if plain:
         learn.remove_cb(ProgressCallback)
-        if first_process: learn.add_cb(PlainProgress(cost=partial(cfg.cost, baseline=baseline)))
+        if first_process: learn.add_cb(PlainProgress(cost=partial(cfg.cost, dls.train.bs*cfg.processes, baseline=baseline)))
     if first_process: learn.add_cb(_time_estimate(cfg, dls, baseline, later))
     cbs = [saver, StopDiverged(), *([CSVLogger(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
@@ -250,7 +250,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
 def _time_estimate(cfg, dls, baseline, later):
     "A callback that prints when this run ends, and those that follow"
     n,bs,valid = cfg.epochs*dls.steps_per_epoch(cfg.processes),dls.train.bs*cfg.processes,cfg.epochs*len(dls.valid.dataset)/3
-    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))), partial(cfg.cost, baseline=baseline), partial(cfg.passes_per_step, bs, baseline))
+    return TimeEstimate(bs+(0 if baseline else cfg.unlabeled_bs), cfg.passes_per_step(bs, baseline), sum(k*(n*cfg.passes_per_step(bs, b)+valid) for k,b in zip(later, (False,True))), partial(cfg.cost, bs, baseline=baseline), partial(cfg.passes_per_step, bs, baseline))
 
 def _earlier(cfg, folder, baseline, resume):
     "Results that `folder` holds already; raises where it is of another run, or failed"

@@ -64,7 +64,7 @@ def plot_run(
     fig,axs = plt.subplots(-(-len(panels)//2), 2, figsize=(9.5,3.3*-(-len(panels)//2)), layout='constrained', squeeze=False)
     for ax in axs.flat[len(panels):]: ax.axis('off')
     for ax,p in zip(axs.flat, panels):
-        names,values = list(dict.fromkeys(n for _,_,c in each for n in c[p])),[y for _,_,c in each for _,ys in c[p].values() for y in ys]
+        names,values = list(dict.fromkeys(n for _,_,c in each for n in c[p])),[y for _,_,c in each for _,ys in c[p].values() for y in ys if not (p.startswith('objective') or p=='other') or not math.isnan(y)]   # those before an objective begins aren't there
         lines = {100*chance[o] for o in names if o in chance} if p in ('objective','accuracy') else set()
         low,high,beyond = robust_limits([*values, *lines])
         for who,st,c in each:
@@ -79,7 +79,7 @@ def plot_run(
 
 # %% ../nbs/12b_run_report.ipynb #6f2d3660
 _settings = dict(dataset='Data', objective='Objectives', ema='EMA', arch='Network', size='Image size, px', epochs='Epochs', steps='Steps', bs='Labelled images a step', unlabeled_bs='Unlabelled images a step', image_passes='Image passes',
-    labels_per_class='Labels of each class', opt='Optimizer', schedule='Schedule', dropout='Dropout', label_smoothing='Label smoothing', mixup='MixUp', progressive='Progressive resizing', lr='Highest learning rate', warmup_epochs='Warm-up, epochs', recipe='Recipe', bf16='bfloat16', backward='Backward', bn_groups='BatchNorm groups', val_in_pool='val in the pool', processes='Processes', counts='Images', commit='Commit', versions='Versions')
+    labels_per_class='Labels of each class', opt='Optimizer', schedule='Schedule', dropout='Dropout', label_smoothing='Label smoothing', mixup='MixUp', progressive='Progressive resizing', lr='Highest learning rate', warmup_epochs='Warm-up, epochs', recipe='Recipe', bf16='bfloat16', backward='Backward', bn_groups='BatchNorm groups', val_in_pool='val in the pool', extra='Further classes', processes='Processes', counts='Images', commit='Commit', versions='Versions')
 
 def _say(v): return '–' if v is None else 'yes' if v is True else 'no' if v is False else f'{v:,}' if isinstance(v, int) else ', '.join(f'{k} {_say(o)}' for k,o in v.items()) if isinstance(v, dict) else str(v)
 

@@ -13,14 +13,15 @@ class PolyWarmup:
     "Learning rate at `pct` of a run: from `lr_warmup` in a line to `lr_max` at `warmup_pct`, then `lr_max·(1-x)^power` to zero"
     def __init__(self,
         lr_max:float=.1, # Highest rate; an array for parameter groups
-        lr_warmup:float=1e-3, # Rate of the first step
+        lr_warmup:float=1e-3, # Rate of the first step, `lr_max` where that is lower
         warmup_pct:float=.125, # Share of the run that warms up, in 0..1
         power:float=.5 # Exponent of the decay
     ): store_attr()
 
     def __call__(self, pct):
         w,hi = self.warmup_pct,self.lr_max
-        if pct<w: return self.lr_warmup+(hi-self.lr_warmup)*(pct/w)
+        lo = np.minimum(self.lr_warmup, hi) if isinstance(hi, np.ndarray) else min(self.lr_warmup, hi)
+        if pct<w: return lo+(hi-lo)*(pct/w)
         return hi*(max(0., 1-(pct-w)/(1-w)) if w<1 else 1.)**self.power
     def __repr__(self): return f'{type(self).__name__}(lr_max={self.lr_max}, lr_warmup={self.lr_warmup}, warmup_pct={self.warmup_pct}, power={self.power})'
 
@@ -42,7 +43,7 @@ def _warmup(learn, n_epoch, lr_max, warmup_epochs):
 def fit_poly_warmup(self:Learner,
     n_epoch:int, # Epochs
     lr_max:float=.1, # Highest rate; a slice or list for parameter groups
-    lr_warmup:float=1e-3, # Rate of the first step
+    lr_warmup:float=1e-3, # Rate of the first step, `lr_max` where that is lower
     warmup_epochs:float=None, # Epochs of warm-up; by default the smaller of 10 and an eighth of `n_epoch`
     power:float=.5, # Exponent of the decay
     cbs=None, # More callbacks for this fit

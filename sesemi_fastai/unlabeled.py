@@ -136,7 +136,7 @@ class UnlabeledStep(TransientCallback):
         if self._sums: self.report_health()
         sums,self._sums = self._sums,{}
         if not sums or not hasattr(self.learn,'recorder'): return
-        for o in self.objectives: self.recorder.log += [float(self.learn.to_detach(v))/sums[o.name][2] if sums[o.name][2] else None for v in sums[o.name][:2]]
+        for o in self.objectives: self.recorder.log += [float(self.learn.to_detach(v))/sums[o.name][2] if sums[o.name][2] else math.nan for v in sums[o.name][:2]]
     def after_fit(self):
         "Leave no trace of `lr_find`, and say which images couldn't be read, where they are skipped"
         self.forget_search()
@@ -208,7 +208,7 @@ def next_images(self:UnlabeledStep)->Tensor: # `(B,C,H,W)`
     if b is None: raise ValueError("The unlabelled loader gave no batch: it needs at least unlabeled_bs images.")
     self.n_taken += 1
     x = (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor).to(device)
-    grow = getattr(self.learn,'progressive_resize',None)
+    grow = next((o for o in self.learn.cbs if o.name=='progressive_resize'), None)   # by its attribute it isn't found any more once `fit(cbs=…)` removed another
     return x if grow is None else grow.resized(x)
 
 @patch

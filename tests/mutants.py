@@ -307,7 +307,7 @@ mutants = [
     M('run', "bs=self.bs and self.bs//self.processes, ", "", 'test_runs.py::test_settings_of_training_of_the_command'),
     M('run', "self.dropout, get_opt_func(self.opt)[0]", ".5, get_opt_func(self.opt)[0]", 'test_runs.py::test_settings_of_training_of_the_command'),
     M('run', "self.dropout, get_opt_func(self.opt)[0]", "self.dropout, get_opt_func('nesterov')[0]", 'run'),
-    M('run', "self.lr = get_opt_func(self.opt)[1]", "self.lr = .1", 'test_runs.py::test_settings_of_training_of_the_command'),
+    M('run', "ifnone(self.lr, get_opt_func(self.opt)[1])", "ifnone(self.lr, .1)", 'test_runs.py::test_settings_of_training_of_the_command'),
     M('run', "pct_start=.72", "pct_start=.5", 'test_runs.py::test_flat_cos'),
     M('imagewang', "            if o.is_dir(): o.rmdir()\n", "            pass\n", 'imagewang'),
     M('imagewang', "    ResumeTraining(Path(args['out'] or '.')/'resume', args['save_every'])\n", "", 'test_errors.py::test_mistakes_that_are_known_before_anything_is_read'),

@@ -616,6 +616,13 @@ def test_gradient_scaler(make, backward, cbs):
     a,b = trained(Scaled),trained(Unscaled)
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-6) for k in a) and (bool(cbs) or equal(a, b))
 
+@pytest.mark.parametrize('opt_func', [SGD,ranger])
+@pytest.mark.parametrize('late', [dict(), dict(start_pct=.6), dict(weight=0.)], ids=['','start_pct','weight=0'])
+def test_gradient_scaler_and_optimizers(make, opt_func, late):
+    "`GradScaler` with SGD and Ranger, whose Lookahead is the head's too; before an objective begins, and with one of weight 0, heads have no gradient: trained as without it, bitwise"
+    def trained(cb): learn = make(cb(), RotationPretext(**late), pretext=False, opt_func=opt_func); learn.fit(2, .01); return weights(learn)
+    assert equal(trained(Scaled), trained(Unscaled))
+
 @pytest.mark.parametrize('backward', ['joint','sequential'])
 @pytest.mark.parametrize('where', ['model','head','loss'])
 def test_overflow(make, backward, where):

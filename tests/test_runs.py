@@ -126,10 +126,10 @@ def test_settings_of_training_of_the_command(folder, tmp_path, capsys):
 def test_classes_that_val_has_not(folder, tmp_path, capsys, predict_alone):
     "`--extra`: in plan, results and report; the accuracy is among the classes of val, of weights that know all, and the export knows all"
     options = [str(folder),'--recipe','best','--arch','resnet10_8','--cache','none','--size','32','--epochs','1','--steps','4','--unlabeled_bs','4','--num_workers','0']
-    for extra,n_out,counts,words in (('labels',3,(19,36),'learned too: 3 in all, of which val is judged among 2'), ('images',2,(16,39),'among the unlabelled images'), ('both',3,(19,39),'learned too, and among the unlabelled images: 3 in all')):
+    for extra,n_out,counts,words in (('labels',3,(19,36),'labelled data too: 3 in all, of which the 2 of val are evaluated'), ('images',2,(16,39),'unlabelled images'), ('both',3,(19,39),'labelled data and unlabelled images too: 3 in all')):
         imagewang_command([*options,'--extra',extra,'--out',str(tmp_path/extra)])
         said,res,weights = capsys.readouterr().out,json.loads((tmp_path/extra/'run-0/results.json').read_text()),torch.load(tmp_path/extra/'run-0/model.pth', weights_only=True)
-        assert f"Extra      classes of train that val hasn't are {words}" in said and 'Left out' not in said and f"further classes of train for {'labels and images' if extra=='both' else extra}" in (tmp_path/extra/'leaderboard.md').read_text()
+        assert f"Extra      classes of train that val doesn't have are {words}" in said and 'Left out' not in said and f"further classes of train for {'labels and images' if extra=='both' else extra}" in (tmp_path/extra/'leaderboard.md').read_text()
         assert (res['counts']['labeled'],res['counts']['unlabeled'],res['extra'],res['settings']['extra'],res['classes'],res['chance']['accuracy'])==(*counts,extra,extra,['a','b'],.5) and weights['fc.weight'].shape[0]==n_out
         cfg = config(folder, recipe='best', arch='resnet10_8', cache='none', extra=extra); dls = cfg.dls(); learn = cfg.learner(dls)
         learn.model.load_state_dict(weights)

@@ -209,16 +209,31 @@ def recipe_runs():
     for r in map(json.loads, file.read_text(encoding='utf-8').splitlines() if file.exists() else []): by.setdefault(r['share'],{}).setdefault(r['name']+', supervised baseline'*r['baseline'],[]).append(r)
     return dict(sorted(by.items(), reverse=True))
 
-def tried_recipes():
-    "What recipes reached at equal image passes, the best first, a table for each number of passes; a supervised baseline beside each that has one"
+def tried_recipes(shares):
+    "What recipes reached at equal image passes, the best first, a table for each of some shares of them; a supervised baseline beside each that has one"
     parts = []
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
-    for by in recipe_runs().values():
+    for by in shares:
         parts += ['', f"### {next(iter(by.values()))[0]['passes']:,} image passes", '', '| recipe | seeds | accuracy | choosing, reporting | baseline | minutes |','| --- | --- | --- | --- | --- | --- |']
         for name,rs in sorted(((k,v) for k,v in by.items() if not v[0]['baseline']), key=lambda o: -mean(o[1],'accuracy')):
             base = by.get(f'{name}, supervised baseline',[])
             parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f}, {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {mean(rs,'seconds')/60:.0f} |")
-    return '\n'.join(['![Validation accuracy of each run over image passes, and over minutes](images/recipes.png)',*parts])
+    return '\n'.join(parts).strip()
+
+# A part of a recipe, the trial where the published training has it, and the trial where `best` hasn't it, or, after a plus, has it beside its own
+recipe_parts = {'xresnet with SiLU for torchvision\'s ResNet':('protocol_xresnet','best_resnet'), 'Ranger, flat, then a cosine':('protocol_ranger','best_nesterov'), 'one turn of each of four times as many images':('protocol_one','best_four'), 'images that grow':('protocol_growing','best_no_growing'),
+    'pseudo-labels late in training':('protocol_fixmatch','best_no_fixmatch'), 'rotation':(None,'best_no_rotation'), 'label smoothing':('protocol_smoothing','best_no_smoothing'), 'no dropout':('protocol_no_dropout',None), 'MixUp .4':('protocol_mixup','+best_mixup'), "Imagenette's classes as labels and images":('protocol_extra','+best_extra'),
+    "Imagenette's classes as labels":(None,'+best_labels'), "Imagenette's images in the pool":(None,'+best_images'), 'averaged weights':(None,'+best_ema'), '`val` in the pool':(None,'best_no_val')}
+
+def part_by_part():
+    "Points of accuracy that a part gives at a quarter of the image passes, in the published training and in `best`, over the seeds that both have"
+    by = {k:{r['seed']:r for r in rs} for k,rs in recipe_runs().get(.25,{}).items()}
+    def cell(name, base):
+        if not name or name.strip('+') not in by or base not in by: return ''
+        diffs = differences(by[name.strip('+')], by[base])
+        return with_error(diffs if '+' in name or base=='protocol' else [-o for o in diffs], '+.1f') if diffs else ''
+    rows = [(k,cell(a,'protocol'),cell(b,'best')) for k,(a,b) in recipe_parts.items()]
+    return '\n'.join(['| part | in the published training | in `best` |', '| --- | --- | --- |', *(f'| {k} | {a} | {b} |' for k,a,b in rows if a or b)])
 
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
@@ -231,9 +246,9 @@ if __name__=='__main__':
     if '--check' not in sys.argv and (results/'objectives').exists():
         import figures
         figures.objectives(); figures.recipes()
-    texts,(acc,said) = {},accuracies()
+    texts,(acc,said),(whole,*short) = {},accuracies(),recipe_runs().values()
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
-        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'which_recipe':[tried_recipes()]}
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'which_recipe':[tried_recipes([whole]),part_by_part(),tried_recipes(short)]}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
