@@ -18,6 +18,7 @@ from .randomness import *
 from .data import *
 from .step import *
 from .objective_text import *
+from .augment import *
 from .run import *
 from .resume import *
 from .report import *

@@ -45,23 +45,16 @@ def objectives(folder=root/'tests/benchmarks/results/objectives', to=root/'nbs/i
     fig.legend([shown[k] for k in sorted(shown)], sorted(shown), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
     fig.savefig(to, dpi=110); plt.close(fig)
 
-def folder_runs(folder):
-    "Runs in `folder` as lines of tests/benchmarks/recipes.py have them"
-    for o in sorted(folder.glob('run-*')):
-        rows = [*csv.DictReader((o/'history.csv').open())]
-        clock = [sum(int(n)*60**i for i,n in enumerate(reversed(r['time'].split(':')))) for r in rows]
-        yield dict(passes=json.loads((o/'results.json').read_text())['image_passes'], history=dict(accuracy=[float(r['accuracy']) for r in rows], seconds=clock))
-
 def curves(runs):
     "Thousand image passes, minutes and accuracy in % after each epoch, of each run"
     for r in runs:
         acc = r['history']['accuracy']
-        yield [(i+1)*r['passes']/len(acc)/1000 for i in range(len(acc))],[o/60 for o in itertools.accumulate(r['history']['seconds'])],[100*o for o in acc]
+        yield [o/1000 for o in r['history']['passes']],[o/60 for o in itertools.accumulate(r['history']['seconds'])],[100*o for o in acc]
 
 def recipes(to=root/'nbs/images/recipes.png'):
     "Accuracy over image passes, and over the time that they took: a line for each run"
     by = recipe_runs().get(1.,{})
-    lines = [('best',by.get('best',[]),'tab:blue'), ('best, supervised baseline',by.get('best, supervised baseline',[]),'tab:cyan'), ('published training, fast recipe',folder_runs(root/'tests/benchmarks/results/recipes/fast'),'tab:gray')]
+    lines = [('best',by.get('best',[]),'tab:blue'), ('best, supervised baseline',by.get('best, supervised baseline',[]),'tab:cyan'), ('published training, fast recipe',by.get('protocol',[]),'tab:gray')]
     fig,axs = plt.subplots(1, 2, figsize=(7.4,3.4), layout='constrained', sharey=True)
     for label,runs,color in lines:
         for i,(passes,minutes,acc) in enumerate(curves(runs)):

@@ -196,12 +196,12 @@ def measured_objectives():
     return '\n'.join(['In brackets: points above the baseline of the same seed'+', ± the standard error over seeds' *any(' ± ' in o for o in parts)+'.', '', '![Points of accuracy above the baseline for each objective, alone and beside rotation, a dot for each seed](images/objectives.png)', *parts])
 
 # What the runs of tests/benchmarks/recipes.py are called
-trial_words = dict(protocol='the published training, fast recipe', best='`best`', protocol_one='published, one turn of each of four times as many images', protocol_xresnet='published, xresnet18 with SiLU', protocol_ranger='published, Ranger and its schedule', protocol_smoothing='published, label smoothing', protocol_mixup='published, MixUp',
-    protocol_growing='published, images that grow', protocol_no_dropout='published, no dropout', protocol_fixmatch='published, pseudo-labels late', protocol_extra="published, Imagenette's classes as labels and images", best_mixup='`best` and MixUp .4', best_no_growing='`best`, images of one size', best_no_smoothing='`best` without label smoothing',
-    best_no_fixmatch='`best` without pseudo-labels', best_no_rotation='`best` without rotation', best_four='`best`, four turns of a quarter of the images', best_mish='`best`, Mish', best_relu='`best`, ReLU', best_resnet="`best`, torchvision's ResNet-18", best_timm="`best`, timm's resnet18d", best_adamw='`best`, AdamW', best_nesterov="`best`, the published optimizer and schedule",
+trial_words = dict(protocol='the published training, fast recipe', best='`best`', protocol_one='published, one random rotation of each of four times as many images', protocol_xresnet='published, xresnet18 with SiLU', protocol_ranger='published, Ranger and its schedule', protocol_smoothing='published, label smoothing', protocol_mixup='published, MixUp',
+    protocol_growing='published, progressive resizing', protocol_no_dropout='published, no dropout', protocol_fixmatch='published, pseudo-labels late', protocol_extra="published, Imagenette's classes as labels and images", best_mixup='`best` and MixUp .4', best_no_growing='`best` without progressive resizing', best_no_smoothing='`best` without label smoothing',
+    best_no_fixmatch='`best` without pseudo-labels', best_no_rotation='`best` without rotation', best_four='`best`, all four rotations of a quarter of the images', best_mish='`best`, Mish', best_relu='`best`, ReLU', best_resnet="`best`, torchvision's ResNet-18", best_timm="`best`, timm's resnet18d", best_adamw='`best`, AdamW', best_nesterov="`best`, the published optimizer and schedule",
     best_bs64='`best`, 64 images of each kind a step', best_ema='`best`, averaged weights', best_bn='`best`, unlabelled passes move no running averages', best_no_val='`best`, `val` not in the pool', best_labels="`best`, Imagenette's classes as labels", best_images="`best`, Imagenette's images in the pool", best_extra="`best`, Imagenette's classes as labels and images",
-    turns_adamw='`best` without pseudo-labels, AdamW', turns16_48='`best` without pseudo-labels, MixUp .2, 16 labelled and 48 unlabelled images a step', mish='`best` without pseudo-labels, Mish, MixUp .4', mish_growing_half='`best` without pseudo-labels, Mish, MixUp .4, images that grow in the first half',
-    plain='`best` without pseudo-labels and growth, Mish', plain_growing='`best` without pseudo-labels, Mish, images that grow in the first half', plain64='`best` without pseudo-labels and growth, Mish, 64 a step', relu64='`best` without pseudo-labels and growth, ReLU, 64 a step', relu64_images="`best` without pseudo-labels and growth, ReLU, 64 a step, Imagenette's images in the pool", relu64_extra="`best` without pseudo-labels and growth, ReLU, 64 a step, Imagenette's classes as labels and images", relu32_96='`best` without pseudo-labels and growth, ReLU, 32 labelled and 96 unlabelled')
+    turns_adamw='`best` without pseudo-labels, AdamW', turns16_48='`best` without pseudo-labels, MixUp .2, 16 labelled and 48 unlabelled images a step', mish='`best` without pseudo-labels, Mish, MixUp .4', mish_growing_half='`best` without pseudo-labels, Mish, MixUp .4, progressive resizing in the first half',
+    plain='`best` without pseudo-labels and progressive resizing, Mish', plain_growing='`best` without pseudo-labels, Mish, progressive resizing in the first half', plain64='`best` without pseudo-labels and progressive resizing, Mish, 64 a step', relu64='`best` without pseudo-labels and progressive resizing, ReLU, 64 a step', relu64_images="`best` without pseudo-labels and progressive resizing, ReLU, 64 a step, Imagenette's images in the pool", relu64_extra="`best` without pseudo-labels and progressive resizing, ReLU, 64 a step, Imagenette's classes as labels and images", relu32_96='`best` without pseudo-labels and progressive resizing, ReLU, 32 labelled and 96 unlabelled')
 
 def recipe_runs():
     "Runs of tests/benchmarks/recipes.py: by share of the passes, the largest first, those of each name; baselines apart"
@@ -213,15 +213,15 @@ def tried_recipes(shares):
     "What recipes reached at equal image passes, the best first, a table for each of some shares of them; a supervised baseline beside each that has one"
     parts = []
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
-    for by in shares:
-        parts += ['', f"### {next(iter(by.values()))[0]['passes']:,} image passes", '', '| recipe | seeds | accuracy | choosing, reporting | baseline | minutes |','| --- | --- | --- | --- | --- | --- |']
+    for by in filter(None, shares):
+        parts += ['', f"### {next(v[0]['passes'] for v in by.values() if not v[0]['baseline']):,} image passes", '', '| recipe | seeds | accuracy | choosing, reporting | baseline | minutes |','| --- | --- | --- | --- | --- | --- |']
         for name,rs in sorted(((k,v) for k,v in by.items() if not v[0]['baseline']), key=lambda o: -mean(o[1],'accuracy')):
             base = by.get(f'{name}, supervised baseline',[])
             parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f}, {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {mean(rs,'seconds')/60:.0f} |")
     return '\n'.join(parts).strip()
 
 # A part of a recipe, the trial where the published training has it, and the trial where `best` hasn't it, or, after a plus, has it beside its own
-recipe_parts = {'xresnet with SiLU for torchvision\'s ResNet':('protocol_xresnet','best_resnet'), 'Ranger, flat, then a cosine':('protocol_ranger','best_nesterov'), 'one turn of each of four times as many images':('protocol_one','best_four'), 'images that grow':('protocol_growing','best_no_growing'),
+recipe_parts = {'xresnet with SiLU for torchvision\'s ResNet':('protocol_xresnet','best_resnet'), 'Ranger, flat, then a cosine':('protocol_ranger','best_nesterov'), 'one random rotation of each of four times as many images':('protocol_one','best_four'), 'progressive resizing':('protocol_growing','best_no_growing'),
     'pseudo-labels late in training':('protocol_fixmatch','best_no_fixmatch'), 'rotation':(None,'best_no_rotation'), 'label smoothing':('protocol_smoothing','best_no_smoothing'), 'no dropout':('protocol_no_dropout',None), 'MixUp .4':('protocol_mixup','+best_mixup'), "Imagenette's classes as labels and images":('protocol_extra','+best_extra'),
     "Imagenette's classes as labels":(None,'+best_labels'), "Imagenette's images in the pool":(None,'+best_images'), 'averaged weights':(None,'+best_ema'), '`val` in the pool':(None,'best_no_val')}
 
@@ -246,7 +246,7 @@ if __name__=='__main__':
     if '--check' not in sys.argv and (results/'objectives').exists():
         import figures
         figures.objectives(); figures.recipes()
-    texts,(acc,said),(whole,*short) = {},accuracies(),recipe_runs().values()
+    texts,(acc,said),(whole,*short) = {},accuracies(),[*recipe_runs().values()] or [{}]
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
         'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'which_recipe':[tried_recipes([whole]),part_by_part(),tried_recipes(short)]}
     for name,tables in made.items():

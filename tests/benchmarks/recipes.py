@@ -52,13 +52,18 @@ def seconds(file):
     "Of each epoch, from fastai's `history.csv`, where they are minutes or hours"
     with open(file, newline='') as f: return [sum(int(n)*60**i for i,n in enumerate(reversed(r['time'].split(':')))) for r in csv.DictReader(f)]
 
+def passes_after(cfg, bs, baseline, n=20):
+    "Image passes after each epoch, of which there are more once an objective that begins late has begun"
+    per_step = [cfg.passes_per_step(bs, baseline, (i+.5)/n/cfg.epochs) for i in range(n*cfg.epochs)]
+    return [round(cfg.steps/n*sum(per_step[:n*(e+1)])) for e in range(cfg.epochs)]
+
 def run(path, name, share, seed, baseline):
     "Train once; the line to be written"
     cfg = config(path, name, share, seed)
     folder = work/f"{name}{'-baseline' if baseline else ''}-{share:g}-{seed}"
     r = train_run(cfg, folder, baseline=baseline, plain=True, resume=True, save_every='5 minutes')
     choose,report = halves(cfg, folder)
-    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=read_csv(folder/'history.csv')|dict(seconds=seconds(folder/'history.csv')), settings=trials[name], machine=machine())
+    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=read_csv(folder/'history.csv')|dict(seconds=seconds(folder/'history.csv'), passes=passes_after(cfg, r['bs'], baseline)), settings=trials[name], machine=machine())
 
 def main(args):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
