@@ -11,7 +11,7 @@ from fastcore.all import L,noop
 from fastai.callback.schedule import LRFinder
 from fastai.vision.all import (AdaptiveAvgPool,Callback,CancelBackwardException,CancelBatchException,CancelEpochException,CancelStepException,ConvLayer,Flatten,OptimWrapper,CancelFitException,CancelTrainException,ClassificationInterpretation,
     CrossEntropyLossFlat,EarlyStoppingCallback,LabelSmoothingCrossEntropyFlat,Learner,ParamScheduler,ProgressCallback,ReduceLROnPlateau,
-    SaveModelCallback,SchedLin,SGD,ShowGraphCallback,TerminateOnNaNCallback,accuracy,accuracy_multi,get_image_files,load_learner,mae,tensor,vision_learner,
+    SaveModelCallback,SchedLin,SGD,ranger,ShowGraphCallback,TerminateOnNaNCallback,accuracy,accuracy_multi,get_image_files,load_learner,mae,tensor,vision_learner,
     set_seed,DataBlock,FuncSplitter,ImageBlock,MultiCategoryBlock,RegressionBlock,Resize,BCEWithLogitsLossFlat,MSELossFlat)
 from fastai.callback.all import ChannelsLast,CSVLogger,CutMix,GradientAccumulation,GradientClip,MixedPrecision,MixUp
 from sesemi_fastai.all import BatchNormGroups,BFloat16,EntropyMin,JigsawPretext,NesterovSGD,PairedDataLoaders,PlainProgress,RotationPretext,StepSeed
