@@ -167,7 +167,7 @@ def sesemi_imagewang(
     mixup:float=None, # Mix labelled images, by a parameter such as 0.2 [0, for none]
     progressive:float=None, # Share of the training in which images grow from half their side [0, for none; best 0.75]
     recipe:str=None, # reference; fast: images decoded once, augmented in batches, in the formats the hardware is fast in; gentle: fast with larger crops, in float32; best: fast with fastai's own network and optimizer, progressive resizing, and pseudo-labels late in training; says how to train, on the sample too [reference; sample gentle]
-    cache:str=None, # Folder for decoded images of the fast recipe, 'none' to decode each time [fastai's data folder]
+    cache:str=None, # Folder for decoded images of every recipe but the reference, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
     extra:str=None, # How to use classes of train that val doesn't have: labels, as further labelled classes; images, as unlabelled images; or both [left out, as published]
     steps:int=None, # Stop each epoch after so many steps, for trials

@@ -9,6 +9,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException
     L,LabelSmoothingCrossEntropy,Learner,MixUp,ProgressCallback,Resize,SaveModelCallback,SGD,accuracy,aug_transforms,default_device,get_image_files,noop,params,set_seed)
 from fastai.callback.training import GradientClip
 from sesemi_fastai.all import *
+from sesemi_fastai.learner import LabeledMixUp
 from sesemi_fastai.settings import describe_items,differences,run_settings
 
 def by_index(o): return 'ab'[int(Path(o).stem)%2]
@@ -56,7 +57,7 @@ def test_recipe_and_size_of_folders(folder):
     assert 'size' in '; '.join(differences(a, settings(size=48))) and 'SampleCrop' in '; '.join(differences(a, settings(recipe='fast')))
     assert not differences(settings(recipe='fast'), settings(recipe='fast', cache=folder/'cache'))   # which changes no result
 
-@pytest.mark.parametrize('cb', [BFloat16, lambda: BatchNormGroups(2), ProgressiveResize, lambda: MixUp(.2), lambda: EMA(.9), lambda: GradientClip(1.), PlainProgress, lambda: JigsawPretext(grid=2), EntropyMin, PseudoLabel, PiModel, lambda: [MeanTeacher(), EMA(.9)], VAT, BarlowTwins])
+@pytest.mark.parametrize('cb', [BFloat16, lambda: BatchNormGroups(2), ProgressiveResize, lambda: LabeledMixUp(.2), lambda: EMA(.9), lambda: GradientClip(1.), PlainProgress, lambda: JigsawPretext(grid=2), EntropyMin, PseudoLabel, PiModel, lambda: [MeanTeacher(), EMA(.9)], VAT, BarlowTwins])
 def test_nothing_of_ours_is_lost(folder, tmp_path, cb):
     "Each callback of the package, and those that it adds itself, can be kept as a whole: no warning"
     learn = tiny(folder, *L(cb()))
@@ -66,7 +67,7 @@ def test_nothing_of_ours_is_lost(folder, tmp_path, cb):
 
 def test_what_was_done_before_is_no_setting(folder):
     "A look at the data, a search for a learning rate, a validation, a fit: none is a difference"
-    new,used = (tiny(folder, MixUp(), EarlyStoppingCallback(), GradientClip(), pretext=dict(features='3')) for _ in range(2))
+    new,used = (tiny(folder, LabeledMixUp(), EarlyStoppingCallback(), GradientClip(), pretext=dict(features='3')) for _ in range(2))
     used.dls.train.one_batch(); used.dls.valid.one_batch(); used.validate(); used.fit(1, .01); used.get_preds(); used.create_opt(); used.n_epoch = 2
     assert not differences(run_settings(new), run_settings(used))
 
