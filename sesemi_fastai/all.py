@@ -44,6 +44,7 @@ from .signals import TrainingStopped
 from .resume import *
 from .objective_text import *
 from .progress import *
+from .results import *
 from .run import *
 from .imagewang import *
 from .duplicates import *

@@ -14,6 +14,7 @@ import sesemi_fastai
 from .images import *
 from .distributed import *
 from .data import *
+from .results import *
 from .run import *
 from .report import *
 from .run_report import *
@@ -52,17 +53,12 @@ def row_options(
 def check_row(
     cfg:RunConfig, # Of the first run
     dls:PairedDataLoaders, # Its data
-    out:Path, # Folder of the runs
-    runs:int=1 # How many
+    out:Path # Folder of the runs, which isn't looked at
 ):
-    "Raise `ValueError` where the data isn't Imagewang's, an epoch is more than one pass, or a finished run in `out` is of other settings"
+    "Raise `ValueError` where the data isn't Imagewang's, or an epoch is more than one pass"
     if set(dls.valid_vocab)!=set(imagewang_classes): raise ValueError(f"val of {printable(cfg.dataset)} has the classes {', '.join(map(printable, dls.valid_vocab[:3]))}{', …' if len(dls.valid_vocab)>3 else ''}, and a row is validated on Imagewang's ten ({', '.join(list(imagewang_classes)[:2])}, …): use imagewang, imagewang_320 or imagewang_160, or a folder or an archive of it.")
     seen,pool = dls.steps_per_epoch(cfg.processes)*dls.unlabeled.bs*cfg.processes,image_counts(dls)['unlabeled']
     if seen>pool: raise ValueError(f"An epoch would be {seen:,} unlabelled images of {pool:,}, because labelled batches of {dls.train.bs*cfg.processes} take more steps for their pass, and an epoch of a row is one pass over the unlabelled images: use a larger --bs or a smaller --unlabeled_bs.")
-    for seed in range(cfg.seed, cfg.seed+runs):
-        for kind in ('run','baseline'):
-            r = finished_results(replace(cfg, seed=seed), out/f'{kind}-{seed}', kind=='baseline')
-            if r and r['dataset']!=cfg.dataset: raise ValueError(f"{printable(out)} holds a finished run on {printable(r['dataset'])}, and this one is on {printable(cfg.dataset)}: name another folder with --out.")
 
 # %% ../nbs/16b_entry.ipynb #3c47a7c2
 def repository_address()->str: # None where there is none
@@ -155,7 +151,7 @@ def sesemi_leaderboard(
     opts = inspect.signature(sesemi_imagewang).bind(**row_options(**given)); opts.apply_defaults(); opts = opts.arguments
     mine = {k:v for k,v in given.items() if k in inspect.signature(sesemi_leaderboard).parameters}|dict(data=opts['data'], out=opts['out'])
     command = command_line(sesemi_leaderboard, mine)
-    out = imagewang_runs(opts, lambda _: command, partial(check_row, runs=runs))
+    out = imagewang_runs(opts, lambda _: command, check_row)
     if rank_distrib(): return
     link = link or code_link([o.results for o in read_runs(out)], repository_address())
     write_report(out, link)

@@ -148,7 +148,7 @@ def difference_words(
             +("The interval includes 0: these runs don't show that unlabelled images made a difference." if low<=0<=high else f"The interval excludes 0: unlabelled images {'helped' if diff>0 else 'hurt'} here."))
 
 # %% ../nbs/12_report.ipynb #ce80c39c
-_same = ('size','epochs','steps','arch','recipe','val_in_pool','dataset','objective','ema','lr','warmup_epochs','unlabeled_bs','bf16','bn_groups','bs','labels_per_class','dropout','opt','schedule','label_smoothing','mixup','progressive','extra','exclude')
+_same = ('size','epochs','steps','arch','recipe','val_in_pool','dataset','objective','ema','lr','warmup_epochs','unlabeled_bs','bf16','bn_groups','bs','labels_per_class','dropout','opt','schedule','label_smoothing','mixup','progressive','extra','exclude','counts')
 
 def leaderboard(
     out:Path, # Folder that holds the runs

@@ -114,6 +114,17 @@ def test_download_that_fails(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr('sesemi_fastai.imagewang.untar_data', fail)
     assert "can't be fetched" in command(capsys, 'imagewang_160', '--out', tmp_path/'out') and not (tmp_path/'out').exists()
 
+def test_download_that_breaks_off(capsys, tmp_path, monkeypatch):
+    def fail(url): raise ConnectionResetError('reset by peer')
+    monkeypatch.setattr('sesemi_fastai.imagewang.untar_data', fail)
+    assert "can't be fetched" in command(capsys, 'imagewang_160', '--out', tmp_path/'out')
+
+def test_archive_that_cannot_be_read(capsys, tmp_path, monkeypatch):
+    (tmp_path/'a.tgz').touch()
+    def fail(path): raise PermissionError(13, 'Permission denied', str(path))
+    monkeypatch.setattr('sesemi_fastai.imagewang.unpack', fail)
+    assert f"{tmp_path}/a.tgz can't be read (Permission denied): check its permissions." in command(capsys, tmp_path/'a.tgz', '--out', tmp_path/'out')
+
 def test_interrupt_outside_training(folder, capsys, tmp_path, monkeypatch):
     def interrupt(*args): raise KeyboardInterrupt
     monkeypatch.setattr('sesemi_fastai.imagewang.seconds_per_step', interrupt)

@@ -128,7 +128,7 @@ def test_trials_of_recipes_have_equal_passes(monkeypatch):
     for name in recipes.trials:
         for share in (1,.25):
             cfg = recipes.config('images', name, share, 0)
-            assert cfg.epochs*cfg.steps*cfg.passes_per_step(cfg.bs)==pytest.approx(share*recipes.passes, rel=.01), name
+            assert cfg.epochs*cfg.steps*cfg.passes_per_step()==pytest.approx(share*recipes.passes, rel=.01), name
 
 @pytest.mark.slow
 def test_benchmarks_run(tmp_path):

@@ -3,6 +3,8 @@ import json,math,shutil,subprocess,sys
 import pytest,torch
 from torchvision.models import resnet18
 from sesemi_fastai.all import *
+from fastai.callback.core import Callback
+from sesemi_fastai.checkpoint import lock_folder
 from sesemi_fastai.report import read_csv
 from sesemi_fastai.imagewang import imagewang_command
 
@@ -29,6 +31,37 @@ def test_batchnorm_groups(weights):
 def test_global_generators_change_nothing(weights):
     first = weights('0'); torch.rand(7)
     assert weights('1')==first
+
+def test_refused_resume_leaves_the_history(folder, tmp_path):
+    "The run that was cut may still be going on, or be resumed with its own settings"
+    class Cut(Callback):
+        def before_epoch(self):
+            if self.epoch==2: raise KeyboardInterrupt
+    cfg,out = config(folder, epochs=3),tmp_path/'run-0'; real = RunConfig.learner
+    RunConfig.learner = lambda self, dls: real(self, dls).add_cb(Cut())
+    try:
+        with pytest.raises(KeyboardInterrupt): train_run(cfg, out, plain=True, save_every='1 epoch')
+    finally: RunConfig.learner = real
+    was = (out/'history.csv').read_text(); assert len(was.splitlines())==3
+    with pytest.raises(CheckpointError, match='another run'): train_run(config(folder, epochs=3, lr=.2), out, plain=True, resume=True)
+    lock = lock_folder(out/'resume')
+    with pytest.raises(CheckpointError, match='Another job'): train_run(cfg, out, plain=True, resume=True)
+    lock.release()
+    assert (out/'history.csv').read_text()==was
+    train_run(cfg, out, plain=True, resume=True); assert (out/'history.csv').read_text().splitlines()[:2]==was.splitlines()[:2] and len((out/'history.csv').read_text().splitlines())==4
+
+def test_commit_is_that_of_the_start(folder, tmp_path, monkeypatch):
+    "And not that of the end, when files may be others"
+    said = iter('ab'); monkeypatch.setattr('sesemi_fastai.run.source_commit', lambda: next(said))
+    assert train_run(config(folder), tmp_path/'run-0', plain=True)['commit']=='a'
+
+def test_finished_runs_of_other_data(folder, tmp_path, capsys):
+    "Nothing is trained beside them: there would be no common mean"
+    other = tmp_path/'other'; shutil.copytree(folder, other)
+    args = ['--size','32','--epochs','1','--steps','2','--arch','resnet10_8','--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'out')]
+    imagewang_command([str(folder),*args])
+    with pytest.raises(SystemExit): imagewang_command([str(other),*args,'--runs','2','--resume'])
+    assert f'finished run on {folder.name}, and this one is on other' in capsys.readouterr().err and not (tmp_path/'out/run-1').exists()
 
 def test_labels_of_the_unlabelled_pool_are_not_read(folder, weights, tmp_path):
     "The same images in the same order, with a class's name on their folder, give the same weights"

@@ -37,7 +37,7 @@ trials = dict(protocol=protocol, best=best,
 def config(path, name, share, seed):
     epochs = max(4, round(12*share))   # looks at the accuracy
     cfg = dict(data=str(path), dataset='imagewang-80', size=64, epochs=epochs, seed=seed, num_workers=0)|trials[name]
-    n = RunConfig(**cfg).passes_per_step(cfg['bs'])
+    n = RunConfig(**cfg).passes_per_step()
     return RunConfig(**cfg, steps=round(passes*share/n/epochs))
 
 def halves(cfg, folder):
@@ -52,9 +52,9 @@ def seconds(file):
     "Of each epoch, from fastai's `history.csv`, where they are minutes or hours"
     with open(file, newline='') as f: return [sum(int(n)*60**i for i,n in enumerate(reversed(r['time'].split(':')))) for r in csv.DictReader(f)]
 
-def passes_after(cfg, bs, baseline, n=20):
+def passes_after(cfg, baseline, n=20):
     "Image passes after each epoch, of which there are more once an objective that begins late has begun"
-    per_step = [cfg.passes_per_step(bs, baseline, (i+.5)/n/cfg.epochs) for i in range(n*cfg.epochs)]
+    per_step = [cfg.passes_per_step(baseline, (i+.5)/n/cfg.epochs) for i in range(n*cfg.epochs)]
     return [round(cfg.steps/n*sum(per_step[:n*(e+1)])) for e in range(cfg.epochs)]
 
 def run(path, name, share, seed, baseline):
@@ -63,7 +63,7 @@ def run(path, name, share, seed, baseline):
     folder = work/f"{name}{'-baseline' if baseline else ''}-{share:g}-{seed}"
     r = train_run(cfg, folder, baseline=baseline, plain=True, resume=True, save_every='5 minutes')
     choose,report = halves(cfg, folder)
-    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=read_csv(folder/'history.csv')|dict(seconds=seconds(folder/'history.csv'), passes=passes_after(cfg, r['bs'], baseline)), settings=trials[name], machine=machine())
+    return dict(name=name, share=share, seed=seed, baseline=baseline, accuracy=r['accuracy'], choose=choose, report=report, seconds=r['seconds'], steps=r['steps'], passes=r['image_passes'], history=read_csv(folder/'history.csv')|dict(seconds=seconds(folder/'history.csv'), passes=passes_after(cfg, baseline)), settings=trials[name], machine=machine())
 
 def main(args):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
