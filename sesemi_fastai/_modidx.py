@@ -840,6 +840,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'sesemi_fastai/results.py'),
                                        'sesemi_fastai.results.HistoryFile.before_fit': ( 'results.html#historyfile.before_fit',
                                                                                          'sesemi_fastai/results.py'),
+                                       'sesemi_fastai.results.HistoryFile.learn': ( 'results.html#historyfile.learn',
+                                                                                    'sesemi_fastai/results.py'),
                                        'sesemi_fastai.results._worth_keeping': ('results.html#_worth_keeping', 'sesemi_fastai/results.py'),
                                        'sesemi_fastai.results.failed_run': ('results.html#failed_run', 'sesemi_fastai/results.py'),
                                        'sesemi_fastai.results.image_counts': ('results.html#image_counts', 'sesemi_fastai/results.py'),

@@ -52,8 +52,7 @@ def row_options(
 # %% ../nbs/16b_entry.ipynb #3a2d2d0c
 def check_row(
     cfg:RunConfig, # Of the first run
-    dls:PairedDataLoaders, # Its data
-    out:Path # Folder of the runs, which isn't looked at
+    dls:PairedDataLoaders # Its data
 ):
     "Raise `ValueError` where the data isn't Imagewang's, or an epoch is more than one pass"
     if set(dls.valid_vocab)!=set(imagewang_classes): raise ValueError(f"val of {printable(cfg.dataset)} has the classes {', '.join(map(printable, dls.valid_vocab[:3]))}{', …' if len(dls.valid_vocab)>3 else ''}, and a row is validated on Imagewang's ten ({', '.join(list(imagewang_classes)[:2])}, …): use imagewang, imagewang_320 or imagewang_160, or a folder or an archive of it.")

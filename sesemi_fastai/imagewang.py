@@ -211,7 +211,7 @@ def sesemi_imagewang(
 def imagewang_runs(
     args:dict, # Each parameter of `sesemi_imagewang`
     command, # From the folder of the results to the command that goes on after a signal
-    check=noop # Called with the `RunConfig`, the data and the folder before anything is trained; it may raise
+    check=noop # Called with the `RunConfig` and the data before anything is trained; it may raise
 )->Path: # Folder of the results
     "Print the plan, and train every run"
     data,out,resume = args['data'],args['out'],args['resume']
@@ -219,7 +219,7 @@ def imagewang_runs(
     cfg = replace(cfg, data=str(local_first(get_data, data)))
     out = from_rank0(lambda: check_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
     with deterministic_algorithms(cfg.deterministic):   # what the plan measures, too
-        dls = cfg.dls(); check(cfg, dls, out); check_finished(cfg, out, runs)
+        dls = cfg.dls(); check(cfg, dls); check_finished(cfg, out, runs)
         if not rank_distrib(): print(run_plan(cfg, dls, runs, baseline, args['class_names']), f"Results    {out}", sep='\n', flush=True)
     train_all(cfg, out, runs, baseline, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=args['save_every'], command=command(out))
     return out

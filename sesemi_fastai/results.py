@@ -44,6 +44,7 @@ def failed_run(
 # %% ../nbs/13f_results.ipynb #13f00008
 class HistoryFile(CSVLogger):
     "fastai's `CSVLogger`, whose file is written anew with its first line and not before"
+    _learn = None
     def before_fit(self):
         "What is there stays until this fit has something to say: it may be of another job, which a fit that is refused must not touch"
         if hasattr(self, 'gather_preds'): return
@@ -56,6 +57,13 @@ class HistoryFile(CSVLogger):
     def after_fit(self):
         "As fastai's, where there is a file"
         if getattr(self, 'file', None) is not None: super().after_fit()
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):   # set to None by `remove_cb`, also after an interrupted `fit(cbs=…)`
+        if self._learn is not None and self._learn.logger==self._write_line: self._learn.logger = self.old_logger
+        object.__setattr__(self, '_learn', learn)
 
 # %% ../nbs/13f_results.ipynb #13f00011
 def write_json(

@@ -32,23 +32,20 @@ def test_global_generators_change_nothing(weights):
     first = weights('0'); torch.rand(7)
     assert weights('1')==first
 
-def test_refused_resume_leaves_the_history(folder, tmp_path):
+def test_refused_resume_leaves_the_history(folder, tmp_path, monkeypatch):
     "The run that was cut may still be going on, or be resumed with its own settings"
     class Cut(Callback):
         def before_epoch(self):
-            if self.epoch==2: raise KeyboardInterrupt
-    cfg,out = config(folder, epochs=3),tmp_path/'run-0'; real = RunConfig.learner
-    RunConfig.learner = lambda self, dls: real(self, dls).add_cb(Cut())
-    try:
-        with pytest.raises(KeyboardInterrupt): train_run(cfg, out, plain=True, save_every='1 epoch')
-    finally: RunConfig.learner = real
-    was = (out/'history.csv').read_text(); assert len(was.splitlines())==3
+            if self.epoch in cuts: raise KeyboardInterrupt
+    cfg,out,cuts,real = config(folder, epochs=3),tmp_path/'run-0',[2],RunConfig.learner
+    monkeypatch.setattr(RunConfig, 'learner', lambda self, dls: real(self, dls).add_cb(Cut()))
+    with pytest.raises(KeyboardInterrupt): train_run(cfg, out, plain=True, save_every='1 epoch')
+    was = (out/'history.csv').read_text(); assert len(was.splitlines())==3; cuts.clear()
     with pytest.raises(CheckpointError, match='another run'): train_run(config(folder, epochs=3, lr=.2), out, plain=True, resume=True)
     lock = lock_folder(out/'resume')
     with pytest.raises(CheckpointError, match='Another job'): train_run(cfg, out, plain=True, resume=True)
-    lock.release()
-    assert (out/'history.csv').read_text()==was
-    train_run(cfg, out, plain=True, resume=True); assert (out/'history.csv').read_text().splitlines()[:2]==was.splitlines()[:2] and len((out/'history.csv').read_text().splitlines())==4
+    lock.release(); assert (out/'history.csv').read_text()==was
+    train_run(cfg, out, plain=True, resume=True); assert (out/'history.csv').read_text().startswith(was) and len((out/'history.csv').read_text().splitlines())==4
 
 def test_commit_is_that_of_the_start(folder, tmp_path, monkeypatch):
     "And not that of the end, when files may be others"
