@@ -53,8 +53,8 @@ def curves(runs):
 
 def recipes(to=root/'nbs/images/recipes.png'):
     "Accuracy over image passes, and over the time that they took: a line for each run"
-    by = recipe_runs().get(1.,{})
-    lines = [('best',by.get('best',[]),'tab:blue'), ('best, supervised baseline',by.get('best, supervised baseline',[]),'tab:cyan'), ('published training, fast recipe',by.get('protocol',[]),'tab:gray')]
+    of = lambda share,name: recipe_runs().get(share,{}).get(name,[])
+    lines = [('best',of(1.,'best'),'tab:blue'), ('best, .3 of the passes',of(.3,'best'),'tab:green'), ('best, supervised baseline',of(1.,'best, supervised baseline'),'tab:cyan'), ('published training, fast recipe',of(1.,'protocol'),'tab:gray')]
     fig,axs = plt.subplots(1, 2, figsize=(7.4,3.4), layout='constrained', sharey=True)
     for label,runs,color in lines:
         for i,(passes,minutes,acc) in enumerate(curves(runs)):
