@@ -68,7 +68,8 @@ class ImageCache:
             self.pixels = np.asarray(np.memmap(self.folder/'pixels.bin', np.uint8, mode='r'))
         except FileNotFoundError: raise StaleCache('is not whole') from None
         except (KeyError, TypeError, ValueError, EOFError) as e: raise StaleCache(f"can't be read ({e})") from None
-        self.rows = {os.path.join(self.root, o):i for i,o in enumerate(meta['names'])}
+        top = '' if self.root==Path() else self.root   # a path below '.' is written without it
+        self.rows = {os.path.join(top, o):i for i,o in enumerate(meta['names'])}
     def _unseen(self):
         "For each image whether it was checked; workers write it too"
         return torch.zeros(len(self), dtype=torch.uint8).share_memory_()
@@ -196,7 +197,7 @@ def cache_home()->Path:
 
 def _cache_folder(root, side, cache):
     "One for each folder of data and size"
-    return (Path(cache).expanduser() if cache else cache_home())/f"{root.name}-{side}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}"
+    return (Path(cache).expanduser() if cache else cache_home())/f"{root.absolute().name}-{side}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}"
 
 @contextmanager
 def _lock(path):

@@ -60,6 +60,7 @@ mutants = [
     M('cache', ".share_memory_()", "", 'test_cache.py::test_what_workers_checked_is_not_checked_again'),
     M('cache', "else self.resize(im))", "else im.resize((self.side,self.side)))", 'cache test_fast.py'),
     M('cache', "            o += px.nbytes\n", "", 'cache'),
+    M('cache', "top = '' if self.root==Path() else self.root", "top = self.root", 'test_cache.py::test_from_inside_the_folder'),
     M('streams', "hashlib.blake2b(repr(parts).encode()", "hashlib.blake2b(repr(parts[:2]).encode()", 'streams'),
     M('streams', "np.random.seed(key%2**32); ", "", 'streams'),
     M('streams', "; torch.set_rng_state(states[2])", "", 'streams'),

@@ -1,5 +1,6 @@
 "The cache of decoded images, in bad company: two builders at once, a kill, a full disk, files that vanish"
 import errno,json,multiprocessing,os,pickle,shutil,time
+from pathlib import Path
 from contextlib import redirect_stdout
 import numpy as np,pytest
 from PIL import Image
@@ -137,6 +138,15 @@ def test_what_changed_or_went_is_not_kept(folder, tmp_path, monkeypatch):
     assert sorted(decoded)==sorted([*files[30:], files[4]])
     cache.verify(); assert len(cache)==37 and {os.fspath(files[1]),os.fspath(files[2])}.isdisjoint(cache.rows)
     monkeypatch.undo(); same_images(open_cache(find_images(folder), folder, 32, home), folder)
+
+def test_from_inside_the_folder(folder, tmp_path, monkeypatch, capsys):
+    "`Path('.')`: a second opening decodes nothing and builds nothing, and from elsewhere it is the same cache"
+    monkeypatch.chdir(folder); home,files = tmp_path/'home',find_images(Path('.'))
+    open_cache(files, Path('.'), 32, home); capsys.readouterr(); decoded = decoding(monkeypatch)
+    for fs,root in ((files,Path('.')), (files,'.'), (find_images(folder),folder)):
+        read = open_cache(fs, root, 32, home); read.verify()
+        assert not any(map(read.lacks, [fs], [[(o.stat().st_size,o.stat().st_mtime_ns) for o in fs]])) and all(len(read(o)) for o in fs)
+    assert decoded==[] and capsys.readouterr().out=='' and len(list_caches(home))==1
 
 def test_a_disk_too_small_for_both_pools(folder, tmp_path, monkeypatch):
     "Where the disk has space for one pool alone, that one is cached"
