@@ -957,6 +957,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'sesemi_fastai.schedule._warmup': ('schedule.html#_warmup', 'sesemi_fastai/schedule.py')},
             'sesemi_fastai.settings': { 'sesemi_fastai.settings._attrs': ('settings.html#_attrs', 'sesemi_fastai/settings.py'),
                                         'sesemi_fastai.settings._code': ('settings.html#_code', 'sesemi_fastai/settings.py'),
+                                        'sesemi_fastai.settings._constant': ('settings.html#_constant', 'sesemi_fastai/settings.py'),
                                         'sesemi_fastai.settings._constructed': ('settings.html#_constructed', 'sesemi_fastai/settings.py'),
                                         'sesemi_fastai.settings._describe_array': ( 'settings.html#_describe_array',
                                                                                     'sesemi_fastai/settings.py'),

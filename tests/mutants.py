@@ -325,6 +325,8 @@ mutants = [
     M('settings', "res['frozen'] = [n for n,p in model.named_parameters() if not p.requires_grad]", "res['frozen'] = []", 'test_resume_state.py::test_frozen_layers_are_named'),
     M('settings', "'labels':describe_labels(dset)", "'labels':None", 'test_resume_state.py'),
     M('settings', "if k in allow or a==b: continue", "continue", 'settings'),
+    M('settings', "', '.join(sorted(map(_constant, o)))", "', '.join(map(_constant, o))", 'test_resume_state.py::test_set_in_a_function'),
+    M('settings', "inner(f.__kwdefaults__)} if f.__kwdefaults__ else {})", "0} if f.__kwdefaults__ else {})", 'settings'),
     M('state', "set_rng_states(state['rng'])", "pass", 'test_resume.py::test_generators_and_accumulation_come_back'),
     M('state', "p.grad = state['grads'][n].to(p) if n in state['grads'] else None", "p.grad = None", 'test_resume.py::test_generators_and_accumulation_come_back'),
     M('state', "learn.pct_train,learn.train_iter,learn.loss = state['pct_train'],state['train_iter'],state['loss']", "learn.train_iter,learn.loss = state['train_iter'],state['loss']", 'resume'),

@@ -1,5 +1,5 @@
 "What a resumed fit compares, and what it keeps of callbacks: by what it leaves out, not by what it knows"
-import copy,os,pickle,platform,random,signal,time,warnings
+import copy,os,pickle,platform,random,signal,subprocess,sys,time,warnings
 from collections import Counter,defaultdict,deque
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +10,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException
 from fastai.callback.training import GradientClip
 from sesemi_fastai.all import *
 from sesemi_fastai.learner import LabeledMixUp
-from sesemi_fastai.settings import describe_items,differences,run_settings
+from sesemi_fastai.settings import describe,describe_items,differences,run_settings
 
 def by_index(o): return 'ab'[int(Path(o).stem)%2]
 def swapped(o): return 'ba'[int(Path(o).stem)%2] if Path(o).stem=='3' else by_index(o)
@@ -46,6 +46,15 @@ def test_changed_setting_is_named(folder, what):
     diff = '; '.join(differences(settings(**then), settings(**now)))
     assert any(o in diff for o in words.split('|')), diff
     assert not differences(settings(**then), settings(**then))
+
+def test_set_in_a_function():
+    "A label function with sets in its code: the same function in another process, where sets have another order"
+    code = "def label(x, *, near=frozenset('pqrstuvw')): return x in {'a','b','c','d','e','f','g','h'} or (x,1) in {(o,1) for o in near} or x in ((1,), {'k','l','m','n','o'}, ())\n"
+    names = {}; exec(code, names); here = describe(names['label'])
+    seed = '1' if os.environ.get('PYTHONHASHSEED')!='1' else '2'
+    r = subprocess.run([sys.executable,'-W','ignore','-c',code+"from sesemi_fastai.settings import describe; print(describe(label))"], capture_output=True, text=True, env=os.environ|dict(PYTHONHASHSEED=seed))
+    assert r.stdout.strip()==str(here), r.stderr
+    exec(code.replace("'h'}", "'i'}"), names); assert describe(names['label'])['code']!=here['code']
 
 def test_recipe_and_size_of_folders(folder):
     def settings(**kw):
