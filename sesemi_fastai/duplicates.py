@@ -33,7 +33,7 @@ def image_stats(
 )->Look:
     "Read `path` to its end"
     try:
-        with open_image(path) as im: head = dict(size=im.size, mode=im.mode, turn=im.getexif().get(0x0112, 1), moves=getattr(im, 'is_animated', False))
+        with open_image(path) as im: head = dict(size=im.size, mode=im.mode, turn=exif_turn(im), moves=getattr(im, 'is_animated', False))
         im = read_rgb(path)
     except BadImageError as e: return Look(path, e.why)
     grey = im.convert('L')

@@ -16,13 +16,15 @@ processes.set_forkserver_preload(['pytest','nbdev.test','hypothesis','torchvisio
 def M(module, old, new, tests, why=None): return dict(module=module, old=old, new=new, tests=tests.split(), why=why)
 
 mutants = [
-    M('images', "        ImageOps.exif_transpose(im, in_place=True)\n", "", 'images'),
+    M('images', "_not_too_long(_upright(im))", "_not_too_long(im)", 'images'),
+    M('images', "    except _exif_errors: return 1", "    except ZeroDivisionError: return 1", 'images'),
+    M('images', "        im.info['exif'] = exif.tobytes()\n", "", 'images'),
     M('images', "_scaled(65535)])\n", "_scaled(255)])\n", 'images'),
     M('images', "np.searchsorted, [1,255]", "np.searchsorted, [1,1]", 'images'),
     M('images', "P=v2.Compose([_do('__call__', 'RGBA')", "P=v2.Compose([_do('__call__', 'L')", 'images'),
     M('images', "sorted(res, key=lambda o: o.replace(os.sep, '/'))", "res[::-1]", 'images'),
     M('images', "and (i or o not in leave_out))", ")", 'images folders'),
-    M('images', "to_rgb(ImageOps.exif_transpose(_opened(image)))", "to_rgb(_opened(image)).transpose(0)", 'images test_use.py::test_predict_takes_what_fastai_takes'),
+    M('images', "to_rgb(_upright(_opened(image)))", "to_rgb(_opened(image)).transpose(0)", 'images test_use.py::test_predict_takes_what_fastai_takes'),
     M('images', "if real in seen: dirs[:] = []; continue", "if real in seen and False: continue", 'images test_hard_cases.py::test_loop_of_links'),
     M('images', "not o.startswith('.') and os.path.splitext", "os.path.splitext", 'images'),
     M('images', "os.walk(folder, onerror=fail, followlinks=True)", "os.walk(folder, followlinks=True)", 'test_hard_cases.py::test_unreadable_folder'),
@@ -400,6 +402,7 @@ mutants = [
     M('duplicates', "np.triu(bits<=max_bits+2.5, 1)", "np.triu(bits<=max_bits+2.5, 0)", 'duplicates'),
     M('duplicates', "o.std>=min_std and ", "", 'duplicates'),
     M('duplicates', "G -= G.mean(1, keepdims=True); ", "", 'duplicates doctor'),
+    M('duplicates', "turn=exif_turn(im)", "turn=im.getexif().get(0x0112, 1)", 'duplicates'),
     M('doctor', "0 if p in valid else 1 if p in labeled else 2", "0 if p in labeled else 1 if p in valid else 2", 'doctor'),
     M('doctor', "if r>0]", "if True]", 'doctor'),
     M('doctor', "[(r+k)%4 for r in range(4)]", "[(r-k)%4 for r in range(4)]", 'doctor'),
