@@ -116,6 +116,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sesemi_fastai.cache._bar': ('cache.html#_bar', 'sesemi_fastai/cache.py'),
                                      'sesemi_fastai.cache._build': ('cache.html#_build', 'sesemi_fastai/cache.py'),
                                      'sesemi_fastai.cache._cache_folder': ('cache.html#_cache_folder', 'sesemi_fastai/cache.py'),
+                                     'sesemi_fastai.cache._check_replaceable': ('cache.html#_check_replaceable', 'sesemi_fastai/cache.py'),
                                      'sesemi_fastai.cache._file_stat': ('cache.html#_file_stat', 'sesemi_fastai/cache.py'),
                                      'sesemi_fastai.cache._in_order': ('cache.html#_in_order', 'sesemi_fastai/cache.py'),
                                      'sesemi_fastai.cache._key': ('cache.html#_key', 'sesemi_fastai/cache.py'),

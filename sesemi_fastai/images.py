@@ -237,8 +237,9 @@ def unpack(
         except (tarfile.TarError, EOFError, OSError, zlib_error, lzma.LZMAError) as e:
             raise BadArchiveError(f"{printable(path)} can't be unpacked ({(str(e) or type(e).__name__).splitlines()[0].rstrip(':')}): it isn't a whole tar archive; fetch it again.") from e
         dest.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=dest))
+        part = dest/f'.{out.name}-{uuid.uuid4().hex}'
         try:
+            part.mkdir()   # with the mode of any folder, where `mkdtemp` would shut others out
             with tarfile.open(path) as t: t.extractall(part, **(dict(filter='data') if hasattr(tarfile,'data_filter') else {}))
             try: part.rename(out)
             except OSError:                # another process was first
