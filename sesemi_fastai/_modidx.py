@@ -305,6 +305,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'sesemi_fastai.doctor_report.write_findings': ( 'doctor_report.html#write_findings',
                                                                                              'sesemi_fastai/doctor_report.py')},
             'sesemi_fastai.duplicates': { 'sesemi_fastai.duplicates.Look': ('duplicates.html#look', 'sesemi_fastai/duplicates.py'),
+                                          'sesemi_fastai.duplicates._correlations': ( 'duplicates.html#_correlations',
+                                                                                      'sesemi_fastai/duplicates.py'),
                                           'sesemi_fastai.duplicates.close_pairs': ( 'duplicates.html#close_pairs',
                                                                                     'sesemi_fastai/duplicates.py'),
                                           'sesemi_fastai.duplicates.image_stats': ( 'duplicates.html#image_stats',
