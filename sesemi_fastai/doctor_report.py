@@ -157,6 +157,8 @@ def sesemi_doctor(
     if out: write_doctor_html(r, Path(out)/'doctor.html', names=class_names); print(f'Images: {out}/doctor.html; every file by name: {out}/doctor.json')
     if write_exclude: print(f'{n:,} files listed in {write_exclude}')
 
+sesemi_doctor.memory = ' to look at these images: use fewer processes with --num_workers, or leave --run out.'
+
 def doctor_command(
     args:list=None # The command line; that of the process by default
 ):

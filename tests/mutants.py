@@ -293,6 +293,7 @@ mutants = [
     M('objective_text', "sorted(kw.items())", "kw.items()", 'objective_text'),
     M('command', "128+getattr(e,'signal',2)", "130", 'command'),
     M('command', "if str(v).startswith('-') else", "if False else", 'command'),
+    M('command', "if 'unlabeled_bs' in args else", "if True else", 'test_errors.py::test_doctor_without_memory'),
     M('run', "learn.recorder.values[-1][2]", "learn.recorder.values[0][2]", 'test_runs.py::test_accuracy_is_that_of_the_last_epoch'),
     M('run', "*([] if baseline else cfg.objectives())", "*cfg.objectives()", 'test_runs.py::test_baseline_has_no_second_task'),
     M('run', "*([] if cfg.ema is None else [EMA(cfg.ema)])", "", 'test_runs.py::test_averaged_weights_of_the_command'),

@@ -212,3 +212,15 @@ def test_doctor_with_names_of_other_classes(folder, capsys, tmp_path, monkeypatc
     def fail(*args, **kw): raise OSError('no page')
     monkeypatch.setattr(doctor_report, 'write_doctor_html', fail)
     assert 'no page' in run() and json.loads((tmp_path/'out/doctor.json').read_text())['streams']['files']==36 and json.loads((tmp_path/'list/x.json').read_text())==[]
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.cuda.OutOfMemoryError('CUDA out of memory.')], ids=['memory','gpu'])
+def test_doctor_without_memory(folder, capsys, monkeypatch, error):
+    "Advice for reading images, not for training; for any command without a word of its own, none"
+    from sesemi_fastai import doctor_report
+    def fail(*args, **kw): raise error
+    monkeypatch.setattr(doctor_report, 'doctor', fail)
+    for advice in (True,False):
+        if not advice: monkeypatch.delattr(doctor_report.sesemi_doctor, 'memory')
+        with pytest.raises(SystemExit) as e: doctor_report.doctor_command([str(folder)])
+        err = capsys.readouterr().err.strip(); assert e.value.code==2 and len(err.splitlines())==1 and 'not enough memory' in err
+        assert ('--num_workers' in err)==advice and 'unlabeled_bs' not in err and 'a step' not in err
