@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from collections import deque
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock,Timeout
-import errno,hashlib,json,tempfile,zlib,PIL
+import errno,hashlib,json,uuid,zlib,PIL
 from .images import *
 
 # %% ../nbs/02_cache.ipynb #e3d069d4
@@ -67,8 +67,9 @@ class ImageCache:
             if (self.folder/'pixels.bin').stat().st_size!=meta['bytes']: raise StaleCache('is cut short')
             self.pixels = np.asarray(np.memmap(self.folder/'pixels.bin', np.uint8, mode='r'))
         except FileNotFoundError: raise StaleCache('is not whole') from None
-        except (KeyError, TypeError, ValueError, EOFError) as e: raise StaleCache(f"can't be read ({e})") from None
-        self.rows = {os.path.join(self.root, o):i for i,o in enumerate(meta['names'])}
+        except (KeyError, TypeError, ValueError, EOFError, OSError) as e: raise StaleCache(f"can't be read ({getattr(e,'strerror',None) or e})") from None
+        top = '' if self.root==Path() else self.root   # a path below '.' is written without it
+        self.rows = {os.path.join(top, o):i for i,o in enumerate(meta['names'])}
     def _unseen(self):
         "For each image whether it was checked; workers write it too"
         return torch.zeros(len(self), dtype=torch.uint8).share_memory_()
@@ -158,11 +159,14 @@ def _write_cache(part, stats, read, root, side, n_threads):
                 side=side, bytes=o, names=[os.path.relpath(f, root) for f in files])
     (part/'cache.json').write_text(json.dumps(meta|dict(key=_key(meta, index))))
 
+def _check_replaceable(folder):
+    "Raise where `folder` is there and is more than a cache, or may not be looked at"
+    if folder.exists() and {*os.listdir(folder)}-{'pixels.bin','index.npy','cache.json'}: raise FileExistsError(errno.EEXIST, 'the folder holds other files')
+
 def _swap(part, folder, old):
     "Put `part` in the place of `folder`"
-    if folder.exists():
-        if {*os.listdir(folder)}-{'pixels.bin','index.npy','cache.json'}: raise FileExistsError(errno.EEXIST, 'the folder holds other files')
-        folder.rename(old)
+    _check_replaceable(folder)
+    if folder.exists(): folder.rename(old)
     part.rename(folder)
 
 def _plan_cache(stats, old, decode, n_threads, free):
@@ -177,13 +181,15 @@ def _plan_cache(stats, old, decode, n_threads, free):
 
 def _build(folder, root, stats, decode, n_threads, why, old=None):
     "Make the cache `folder`, under its lock; what `old`, the one that is there, holds of files as they are now is taken over"
+    _check_replaceable(folder)
     for o in folder.parent.glob(f'.{folder.name}-*.part'): shutil.rmtree(o, ignore_errors=True)   # of a process that was killed
     free = shutil.disk_usage(folder.parent).free
     stats,read,n_new,need = _plan_cache(stats, old, decode, n_threads, free)
     if need>free: raise OSError(errno.ENOSPC, f'{need/1e9:.1f} GB are needed and {free/1e9:.1f} GB are free')
     print(f"{why}Caching {n_new:,} decoded images{f' beside {len(stats)-n_new:,}' if len(stats)>n_new else ''}, {need/1e6:,.0f} MB, in {folder}", flush=True)
-    part,to = (Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', suffix='.part', dir=folder.parent)) for _ in range(2))
+    part,to = (folder.with_name(f'.{folder.name}-{uuid.uuid4().hex}.part') for _ in range(2))
     try:
+        for o in (part,to): o.mkdir()   # with the mode of any folder, where `mkdtemp` would shut others out
         _write_cache(part, stats, read, root, decode.side, n_threads)
         _swap(part, folder, to/'old')
     finally:
@@ -196,7 +202,7 @@ def cache_home()->Path:
 
 def _cache_folder(root, side, cache):
     "One for each folder of data and size"
-    return (Path(cache).expanduser() if cache else cache_home())/f"{root.name}-{side}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}"
+    return (Path(cache).expanduser() if cache else cache_home())/f"{root.absolute().name}-{side}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}"
 
 @contextmanager
 def _lock(path):
@@ -223,7 +229,7 @@ def open_cache(
     home = folder.parent
     def look():
         "The cache that is there, and why it doesn't do as it is"
-        if not folder.exists(): return None,''
+        if not os.path.exists(folder): return None,''   # nor where that may not be known
         try: old = ImageCache(folder, root, side)
         except StaleCache as e: return None,f'The cache {folder} {e}. '
         n = len(old.lacks(files, stats.values()))
@@ -237,7 +243,7 @@ def open_cache(
             if old and not why: return old
             _build(folder, root, stats, decode, n_threads or defaults.cpus, why, old)
             return ImageCache(folder, root, side)
-    except (OSError, NotImplementedError) as e:
+    except (OSError, NotImplementedError, StaleCache) as e:
         warn(f"Images can't be cached in {home} ({getattr(e,'strerror',None) or e}): each is decoded whenever it is needed, with the same result; name another folder with cache=..., or use cache=False.")
         return decode
 
@@ -265,5 +271,5 @@ def list_caches(
     res = []
     for o in sorted(Path(cache or cache_home()).glob('*/cache.json')):
         try: m = json.loads(o.read_text()); res.append(dict(folder=o.parent, side=m['side'], images=len(m['names']), bytes=m['bytes']))
-        except (KeyError, ValueError): continue   # no cache, or one that is rebuilt when it is opened
+        except (KeyError, ValueError, OSError): continue   # no cache, or one that is rebuilt when it is opened
     return res

@@ -24,7 +24,11 @@ _dtypes = {str(o):o for o in vars(torch).values() if isinstance(o, torch.dtype)}
 def _bytes(o): return torch.frombuffer(bytearray(o or b'\0'), dtype=torch.uint8)
 def _unbytes(t, n): return t.numpy().tobytes()[:n]
 def _unarray(x): return np.frombuffer(_unbytes(x[2], None), dtype=x[0], count=math.prod(x[1])).reshape(x[1]).copy()
-def _on(x): return x[1].to(x[0]) if torch.device(x[0]).type!='cuda' or torch.cuda.is_available() else x[1]
+def _on(x):
+    d = torch.device(x[0])
+    if d.type!='cuda': return x[1].to(d)
+    if not torch.cuda.is_available(): return x[1]
+    return x[1].to(d if (d.index or 0)<torch.cuda.device_count() else 'cuda')   # there may be fewer GPUs now
 
 # kind, whether a value is of it, its content, and back; the first that fits is taken
 _kinds = [
@@ -116,9 +120,11 @@ def write_checkpoint(
     finally: part.unlink(missing_ok=True)
 
 def _sync_folder(folder):
-    if os.name=='nt': return   # where a folder can't be opened
-    fd = os.open(folder, os.O_RDONLY)
+    "As far as the system can: Windows opens no folder, some network filesystems force none to disk, and the file itself is there"
+    try: fd = os.open(folder, os.O_RDONLY)
+    except OSError: return
     try: os.fsync(fd)
+    except OSError: pass
     finally: os.close(fd)
 
 def is_checkpoint(

@@ -55,7 +55,8 @@ def _call(f, args):
     from fastai.torch_core import rank_distrib
     from sesemi_fastai.memory import memory_advice
     args = vars(command_parser(f).parse_args(args))
-    with redirect_stdout(open(os.devnull,'w')) if rank_distrib() else nullcontext(), memory_advice(): f(**args)
+    advice = [] if 'unlabeled_bs' in args else [getattr(f,'memory','.')]   # a command that trains has the usual one
+    with redirect_stdout(open(os.devnull,'w')) if rank_distrib() else nullcontext(), memory_advice(*advice): f(**args)
     import torch
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 

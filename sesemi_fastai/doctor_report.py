@@ -107,18 +107,26 @@ def _repr_html_(self:Report): return html_block(_body(self, max_rows=4))   # wha
 # %% ../nbs/16a_doctor_report.ipynb #5f728694
 def trained_learner(
     folder:str|Path, # A run of `sesemi_imagewang`
-    path:str|Path # The images
+    path:str|Path, # The images
+    train:str='train', # Folder of labelled images, one folder a class
+    valid:str='val', # Folder of validation images, one folder a class
+    unlabeled:tuple=None # Folders of unlabelled images; those of the run by default
 )->Learner:
-    "The network of a finished run, for images of `path`"
+    "The network of a finished run, for images of `path`; raises `ValueError` where these are of other classes"
     file = Path(folder)/'results.json'
     if not file.exists(): raise FileNotFoundError(f"{printable(folder)} holds no results.json: name the folder of a finished run, such as runs/sample/run-0.")
     res = json.loads(file.read_text())
     cfg = replace(RunConfig(**{o.name:res[o.name] for o in fields(RunConfig) if o.name in res}), data=str(path), exclude=None, on_bad_image='skip', num_workers=0)
-    learn = cfg.learner(cfg.dls())
-    learn.model.load_state_dict(torch.load(Path(folder)/'model.pth', weights_only=True))
+    dls = PairedDataLoaders.from_folder(path, train, valid, unlabeled or (('train','val','unsup') if cfg.val_in_pool else ('train','unsup')), size=cfg.size, unlabeled_bs=cfg.unlabeled_bs, bs=cfg.bs, labels_per_class=cfg.labels_per_class,
+        recipe=cfg.recipe, seed=cfg.seed, num_workers=0, n_steps=cfg.steps, extra=cfg.extra, cache=False if cfg.cache=='none' else cfg.cache, on_bad_image='skip', verbose=False)
+    named = lambda cs: ', '.join(map(printable, cs[:5]))+(', …' if len(cs)>5 else '')
+    if (of := res.get('classes')) and of!=[*map(printable, dls.valid_vocab)]: raise ValueError(f"The run in {printable(folder)} is of the classes {named(of)}, and {printable(path)} has {named(dls.valid_vocab)}: name a run on these images.")
+    learn = cfg.learner(dls)
+    try: learn.model.load_state_dict(torch.load(Path(folder)/'model.pth', weights_only=True))
+    except RuntimeError as e: raise ValueError(f"The run in {printable(folder)} has weights that don't fit the {len(dls.vocab)} classes of {printable(path)}: name a run on these images.") from e
     return learn
 
-def _check_names(file): class_names((), file)   # `sesemi_doctor` has an option of this name
+def _check_names(file, vocab=()): class_names(vocab, file)   # `sesemi_doctor` has an option of this name
 
 def sesemi_doctor(
     data:str='sample', # sample, imagewang, imagewang_320, imagewang_160, a folder, or an archive
@@ -139,12 +147,17 @@ def sesemi_doctor(
     for o,option in ((out,'out'),(write_exclude and Path(write_exclude).parent,'write_exclude')):
         if o: check_writable(o, option)
     if class_names: _check_names(class_names)
-    path = get_data(data)
-    r = doctor(path, train, valid, tuple(unlabeled.split(',')), exclude or (), learn=trained_learner(run, path) if run else None, num_workers=num_workers)
+    path,pools = get_data(data),tuple(unlabeled.split(','))
+    if class_names: _check_names(class_names, sorted(o.name for o in (path/valid).glob('*') if o.is_dir()))
+    r = doctor(path, train, valid, pools, exclude or (), learn=trained_learner(run, path, train, valid, pools) if run else None, num_workers=num_workers)
     print(report_table(r))
     for o in filter(None, (out, write_exclude and Path(write_exclude).parent)): Path(o).mkdir(parents=True, exist_ok=True)
-    if out: write_doctor_html(r, Path(out)/'doctor.html', names=class_names); write_findings(r, Path(out)/'doctor.json'); print(f'Images: {out}/doctor.html; every file by name: {out}/doctor.json')
-    if write_exclude: print(f'{write_exclude_list(r, write_exclude):,} files listed in {write_exclude}')
+    if out: write_findings(r, Path(out)/'doctor.json')   # what images were read for comes first
+    n = write_exclude_list(r, write_exclude) if write_exclude else 0
+    if out: write_doctor_html(r, Path(out)/'doctor.html', names=class_names); print(f'Images: {out}/doctor.html; every file by name: {out}/doctor.json')
+    if write_exclude: print(f'{n:,} files listed in {write_exclude}')
+
+sesemi_doctor.memory = ' to look at these images: use fewer processes with --num_workers, or leave --run out.'
 
 def doctor_command(
     args:list=None # The command line; that of the process by default

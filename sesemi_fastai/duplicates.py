@@ -33,7 +33,7 @@ def image_stats(
 )->Look:
     "Read `path` to its end"
     try:
-        with open_image(path) as im: head = dict(size=im.size, mode=im.mode, turn=im.getexif().get(0x0112, 1), moves=getattr(im, 'is_animated', False))
+        with open_image(path) as im: head = dict(size=im.size, mode=im.mode, turn=exif_turn(im), moves=getattr(im, 'is_animated', False))
         im = read_rgb(path)
     except BadImageError as e: return Look(path, e.why)
     grey = im.convert('L')
@@ -51,6 +51,14 @@ def same_pixels(
     return [g for g in groups.values() if len(g)>1]
 
 # %% ../nbs/15_duplicates.ipynb #935e29f8
+_pairs_at_once = 1024   # of 1,024 grey values each; a million pairs would take 12 GB
+
+def _correlations(G, a, b):
+    "Products of the rows `a` and `b` of `G`, pair by pair"
+    res = np.empty(len(a), G.dtype)
+    for k in range(0, len(a), _pairs_at_once): o = slice(k, k+_pairs_at_once); res[o] = (G[a[o]]*G[b[o]]).sum(1)
+    return res
+
 def close_pairs(
     looks:list, # Of `Look`, all readable
     max_bits:int=8, # Most bits of the hash in which near-duplicates differ
@@ -64,7 +72,7 @@ def close_pairs(
     for i in range(0, len(H), 2048):
         bits = (64-H[i:i+2048]@H[i:].T)/2
         a,b = np.nonzero(np.triu(bits<=max_bits+2.5, 1))
-        rows.append(np.stack([a+i, b+i, bits[a,b].round(), (G[a+i]*G[b+i]).sum(1)], 1))
+        rows.append(np.stack([a+i, b+i, bits[a,b].round(), _correlations(G, a+i, b+i)], 1))
     rows = np.concatenate(rows); bits,like = rows[:,2],rows[:,3]>=min_corr
     while max_bits>0 and (~like&(bits<=max_bits+2)).sum()>max(2, len(looks)/100): max_bits -= 2
     return rows[like&(bits<=max_bits)][:,:3].astype(int), max_bits

@@ -12,13 +12,16 @@ from fastai.vision.all import *
 class StepMemoryError(MemoryError, RuntimeError): "Memory that ran out in a step"
 class StepOutOfMemoryError(StepMemoryError, torch.cuda.OutOfMemoryError): "A GPU's memory that ran out in a step"
 
+_of_a_step = " for a step: use a smaller unlabeled_bs, of which the labelled batch is four times by default, or backward='sequential', which keeps one graph at a time, or a smaller size."
+
 @contextmanager
-def memory_advice():
+def memory_advice(
+    advice:str=_of_a_step # How the sentence goes on after 'There is not enough memory'
+):
     "Where memory runs out within this context, the error says what to do; a GPU's is torch's own `OutOfMemoryError` still"
     try: yield
     except StepMemoryError: raise   # it does already
     except (MemoryError, RuntimeError) as e:
         gpu = isinstance(e, torch.cuda.OutOfMemoryError)
         if not (gpu or isinstance(e, MemoryError) or "can't allocate memory" in str(e)): raise
-        raise (StepOutOfMemoryError if gpu else StepMemoryError)(f"There is not enough memory{' on the GPU' if gpu else ''} for a step: use a smaller unlabeled_bs, of which the labelled batch is four times by default, "
-            "or backward='sequential', which keeps one graph at a time, or a smaller size.") from e
+        raise (StepOutOfMemoryError if gpu else StepMemoryError)(f"There is not enough memory{' on the GPU' if gpu else ''}{advice}") from e

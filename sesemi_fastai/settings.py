@@ -28,7 +28,11 @@ def is_clock(
     "Whether `o` reads as a time of day near to now, in seconds since 1970"
     return isinstance(o, float) and abs(o-time.time())<366*86400
 
-def _code(c): return [c.co_code, *(x for o in c.co_consts for x in (_code(o) if isinstance(o, types.CodeType) else [repr(o)])), repr(c.co_names)]
+def _constant(o):   # as `repr` has it, but for the order of sets, which each process has its own of
+    if isinstance(o, frozenset): return f"frozenset({{{', '.join(sorted(map(_constant, o)))}}})"
+    if isinstance(o, tuple): return f"({', '.join(map(_constant, o))}{','*(len(o)==1)})"
+    return repr(o)
+def _code(c): return [c.co_code, *(x for o in c.co_consts for x in (_code(o) if isinstance(o, types.CodeType) else [_constant(o)])), repr(c.co_names)]
 def _sets(f):   # names of attributes that a method sets of its first argument
     if hasattr(f,'_pending') and hasattr(f,'_resolved'): return set().union(*(_sets(o[0]) for o in (*f._pending,*f._resolved)))   # dispatched by type
     f = inspect.unwrap(getattr(f,'__func__',f))
@@ -106,7 +110,7 @@ def _describe_code(o, inner):
     f = inspect.unwrap(o) if isinstance(o, types.FunctionType) else o
     if not isinstance(f, types.FunctionType): return getattr(o,'__qualname__',getattr(o,'__name__',str(o)))
     cells = {n:inner(c.cell_contents) for n,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if n!='__class__'}
-    return {'':f.__qualname__, 'code':digest(_code(f.__code__)), **({'defaults':inner(f.__defaults__)} if f.__defaults__ else {}), **cells}
+    return {'':f.__qualname__, 'code':digest(_code(f.__code__)), **({'defaults':inner(f.__defaults__)} if f.__defaults__ else {}), **({'keyword defaults':inner(f.__kwdefaults__)} if f.__kwdefaults__ else {}), **cells}
 def _layer(m, inner):
     "A layer without its children"
     attrs = {k:inner(v) for k,v in sorted(constructed_with(m).items()) if not k.startswith('_') and not isinstance(v, (nn.Module,Tensor))}

@@ -190,7 +190,7 @@ def set_rng_states(
 ):
     "Put the generators where they were"
     random.setstate(states['python']); np.random.set_state(states['numpy']); torch.set_rng_state(states['torch'].cpu())
-    if states['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda']])
+    if states['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda'][:torch.cuda.device_count()]])   # there may be fewer GPUs now
 
 # %% ../nbs/13b_state.ipynb #13a00013
 def _streams(learn): return [o for o in map(whole_dl, learn.dls.loaders) if isinstance(o, StreamDL)]

@@ -1,10 +1,11 @@
 "The cache of decoded images, in bad company: two builders at once, a kill, a full disk, files that vanish"
-import errno,json,multiprocessing,os,pickle,shutil,time
-from contextlib import redirect_stdout
+import errno,json,multiprocessing,os,pickle,shutil,tarfile,tempfile,time
+from pathlib import Path
+from contextlib import contextmanager,redirect_stdout
 import numpy as np,pytest
 from PIL import Image
 from sesemi_fastai.all import *
-from sesemi_fastai.cache import DecodeImage,ImageCache,open_cache
+from sesemi_fastai.cache import DecodeImage,ImageCache,not_cached,open_cache
 from sesemi_fastai import images,cache as module
 
 def build(root, home, seconds, log):
@@ -63,6 +64,50 @@ def test_read_only_folder(folder, tmp_path, monkeypatch):
     def refuse(self): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.lock_file)
     monkeypatch.setattr(module.FileLock, '_acquire', refuse)                  # as root may write anywhere
     no_cache(folder, home, 'Permission denied')
+
+@contextmanager
+def nobody():
+    "As a user whom permissions bind, also where tests run as root"
+    root = os.geteuid()==0
+    if root: os.seteuid(65534)
+    try: yield
+    finally:
+        if root: os.seteuid(0)
+
+def test_others_may_read(folder, tmp_path):
+    "Caches and unpacked archives have the mode of any new folder, so that a second user can read them"
+    with tarfile.open(tmp_path/'x.tgz', 'w:gz') as t: t.add(folder/'unsup', 'unsup')
+    for mask,mode in ((0o022,0o755), (0o027,0o750)):
+        was,home = os.umask(mask),tmp_path/f'{mode:o}'
+        try: open_cache(find_images(folder), folder, 32, home); images.unpack(tmp_path/'x.tgz', home/'unpacked')
+        finally: os.umask(was)
+        made = [list_caches(home)[0]['folder'], *(home/'unpacked').iterdir()]
+        assert len(made)==2 and [o.stat().st_mode&0o777 for o in made]==[mode]*2
+
+@pytest.mark.parametrize('what', ['cache.json','pixels.bin','the cache','home'])
+def test_unreadable_cache(folder, what):
+    "A cache of someone else that may not be read: a warning, and images are decoded"
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755); data,home = shutil.copytree(folder, f'{top}/data'),Path(top)/'home'; files = find_images(data)
+        open_cache(files, data, 32, home); mine = list_caches(home)[0]['folder']
+        assert not_cached(files, data, 32, home)==[]
+        {'the cache':mine, 'home':home}.get(what, mine/what).chmod(0)
+        with nobody():
+            with pytest.warns(UserWarning, match=r"can't be cached in .*Permission denied.*cache=False"): read = open_cache(files, data, 32, home)
+            assert isinstance(read, DecodeImage) and not_cached(files, data, 32, home)==files
+            assert len(list_caches(home))==(what=='pixels.bin')
+            same_images(read, data)
+
+def test_what_cant_be_replaced_is_known_before_images_are_decoded(folder, tmp_path, monkeypatch):
+    "Another's cache in a folder that all may write, and one with files of others in it"
+    home = tmp_path/'home'; open_cache(find_images(folder), folder, 32, home)
+    mine = list_caches(home)[0]['folder']; (mine/'cache.json').write_text('{}'); decoded = decoding(monkeypatch)
+    (mine/'thesis.txt').touch()
+    with pytest.warns(UserWarning, match='holds other files'): open_cache(find_images(folder), folder, 32, home)
+    def refuse(o): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(o))
+    monkeypatch.setattr(os, 'listdir', refuse)
+    with pytest.warns(UserWarning, match='Permission denied'): open_cache(find_images(folder), folder, 32, home)
+    assert decoded==[]
 
 def test_a_store_that_is_there_needs_no_writing(folder, tmp_path, monkeypatch):
     home = tmp_path/'home'
@@ -137,6 +182,15 @@ def test_what_changed_or_went_is_not_kept(folder, tmp_path, monkeypatch):
     assert sorted(decoded)==sorted([*files[30:], files[4]])
     cache.verify(); assert len(cache)==37 and {os.fspath(files[1]),os.fspath(files[2])}.isdisjoint(cache.rows)
     monkeypatch.undo(); same_images(open_cache(find_images(folder), folder, 32, home), folder)
+
+def test_from_inside_the_folder(folder, tmp_path, monkeypatch, capsys):
+    "`Path('.')`: a second opening decodes nothing and builds nothing, and from elsewhere it is the same cache"
+    monkeypatch.chdir(folder); home,files = tmp_path/'home',find_images(Path('.'))
+    open_cache(files, Path('.'), 32, home); capsys.readouterr(); decoded = decoding(monkeypatch)
+    for fs,root in ((files,Path('.')), (files,'.'), (find_images(folder),folder)):
+        read = open_cache(fs, root, 32, home); read.verify()
+        assert not any(map(read.lacks, [fs], [[(o.stat().st_size,o.stat().st_mtime_ns) for o in fs]])) and all(len(read(o)) for o in fs)
+    assert decoded==[] and capsys.readouterr().out=='' and len(list_caches(home))==1
 
 def test_a_disk_too_small_for_both_pools(folder, tmp_path, monkeypatch):
     "Where the disk has space for one pool alone, that one is cached"

@@ -208,3 +208,30 @@ def test_doctor_mistakes(folder, capsys, tmp_path, monkeypatch, args, says):
     with pytest.raises(SystemExit) as e: doctor_command([str(folder), *(['--out','new'] if '--out' not in args else []), *args])
     err = capsys.readouterr().err.strip(); assert e.value.code==2 and says in err and len(err.splitlines())==1
     assert tree(tmp_path)==before
+
+def test_doctor_with_names_of_other_classes(folder, capsys, tmp_path, monkeypatch):
+    "Known before the images are read; and where the page fails all the same, the lists are there"
+    from sesemi_fastai import doctor_report
+    def run(*args):
+        with pytest.raises(SystemExit) as e: doctor_report.doctor_command([str(o) for o in (folder,'--num_workers',0,'--out',tmp_path/'out','--write_exclude',tmp_path/'list/x.json',*args)])
+        err = capsys.readouterr().err.strip(); assert e.value.code==2 and len(err.splitlines())==1
+        return err
+    (tmp_path/'names.json').write_text('{"dog": "Dog"}')
+    with monkeypatch.context() as m:
+        m.setattr(doctor_report, 'doctor', lambda *a, **kw: 1/0)
+        assert 'names none of the classes a, b' in run('--class_names', tmp_path/'names.json') and not (tmp_path/'out').exists()
+    def fail(*args, **kw): raise OSError('no page')
+    monkeypatch.setattr(doctor_report, 'write_doctor_html', fail)
+    assert 'no page' in run() and json.loads((tmp_path/'out/doctor.json').read_text())['streams']['files']==36 and json.loads((tmp_path/'list/x.json').read_text())==[]
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.cuda.OutOfMemoryError('CUDA out of memory.')], ids=['memory','gpu'])
+def test_doctor_without_memory(folder, capsys, monkeypatch, error):
+    "Advice for reading images, not for training; for any command without a word of its own, none"
+    from sesemi_fastai import doctor_report
+    def fail(*args, **kw): raise error
+    monkeypatch.setattr(doctor_report, 'doctor', fail)
+    for advice in (True,False):
+        if not advice: monkeypatch.delattr(doctor_report.sesemi_doctor, 'memory')
+        with pytest.raises(SystemExit) as e: doctor_report.doctor_command([str(folder)])
+        err = capsys.readouterr().err.strip(); assert e.value.code==2 and len(err.splitlines())==1 and 'not enough memory' in err
+        assert ('--num_workers' in err)==advice and 'unlabeled_bs' not in err and 'a step' not in err

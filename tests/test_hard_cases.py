@@ -142,9 +142,10 @@ def test_exif(folder, tag):
     turn = {2:T.FLIP_LEFT_RIGHT, 3:T.ROTATE_180, 4:T.FLIP_TOP_BOTTOM, 5:T.TRANSPOSE, 6:T.ROTATE_270, 7:T.TRANSVERSE, 8:T.ROTATE_90}.get(tag)
     assert np.array_equal(reads(folder, folder/'unsup/x.png'), cached if turn is None else cached.transpose(turn))
 
-def test_damaged_exif(folder):
+@pytest.mark.parametrize('exif', [b'II*\0\xff\xff\xff\xff'+bytes(range(99)), b'no header of TIFF', b'II'])
+def test_damaged_exif(folder, exif):
     "EXIF that is noise: the image as stored"
-    image().save(folder/'unsup/x.jpg', exif=b'Exif\0\0II*\0\xff\xff\xff\xff'+bytes(range(99)), quality=95)
+    image().save(folder/'unsup/x.jpg', exif=b'Exif\0\0'+exif, quality=95, dpi=(72,72))
     image().save(folder/'plain.jpg', quality=95); assert np.array_equal(reads(folder, folder/'unsup/x.jpg'), read_rgb(folder/'plain.jpg'))
 
 # Names

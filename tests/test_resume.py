@@ -1,5 +1,5 @@
 "A run that is killed, at any moment, ends as the run that was never stopped: bitwise"
-import itertools,json,multiprocessing.connection,os,random,shlex,shutil,signal,socket,subprocess,sys,time
+import errno,itertools,json,multiprocessing.connection,os,random,shlex,shutil,signal,socket,subprocess,sys,time,warnings
 from pathlib import Path
 import pytest,torch
 from torch import nn
@@ -150,6 +150,18 @@ def test_folder_is_forced_to_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', lambda fd: (synced.append((os.path.isdir(f'/proc/self/fd/{fd}'), (tmp_path/'a.ckpt').exists())), real(fd)))
     write_checkpoint(tmp_path/'a.ckpt', dict(a=1))
     assert synced==[(False,False),(True,True)]
+
+@pytest.mark.parametrize('call', ['fsync','open'])
+def test_folder_that_cant_be_forced_to_disk(folder, tmp_path, monkeypatch, call):
+    "As on some network filesystems: a checkpoint that was written counts, without a warning, and old ones are removed"
+    real,refused = getattr(os, call),[]
+    def refuse(o, *args, **kw):
+        if not os.path.isdir(o if call=='open' else f'/proc/self/fd/{o}'): return real(o, *args, **kw)
+        refused.append(o); raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    monkeypatch.setattr(os, call, refuse)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='The checkpoint of step'); small_fit(folder, ResumeTraining(tmp_path/'ckpt', 1))
+    assert len(refused)>3 and len([*(tmp_path/'ckpt').glob('*.ckpt')])==2
 
 def test_workers_end_with_their_process(processes, folder):
     "Though they outlast signals: a pass that is given up, and one that is still open when the process ends"

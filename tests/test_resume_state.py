@@ -1,5 +1,5 @@
 "What a resumed fit compares, and what it keeps of callbacks: by what it leaves out, not by what it knows"
-import copy,os,pickle,platform,random,signal,time,warnings
+import copy,os,pickle,platform,random,signal,subprocess,sys,time,warnings
 from collections import Counter,defaultdict,deque
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +10,9 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException
 from fastai.callback.training import GradientClip
 from sesemi_fastai.all import *
 from sesemi_fastai.learner import LabeledMixUp
-from sesemi_fastai.settings import describe_items,differences,run_settings
+from sesemi_fastai.checkpoint import unpack_state
+from sesemi_fastai.state import rng_states,set_rng_states
+from sesemi_fastai.settings import describe,describe_items,differences,run_settings
 
 def by_index(o): return 'ab'[int(Path(o).stem)%2]
 def swapped(o): return 'ba'[int(Path(o).stem)%2] if Path(o).stem=='3' else by_index(o)
@@ -46,6 +48,15 @@ def test_changed_setting_is_named(folder, what):
     diff = '; '.join(differences(settings(**then), settings(**now)))
     assert any(o in diff for o in words.split('|')), diff
     assert not differences(settings(**then), settings(**then))
+
+def test_set_in_a_function():
+    "A label function with sets in its code: the same function in another process, where sets have another order"
+    code = "def label(x, *, near=frozenset('pqrstuvw')): return x in {'a','b','c','d','e','f','g','h'} or (x,1) in {(o,1) for o in near} or x in ((1,), {'k','l','m','n','o'}, ())\n"
+    names = {}; exec(code, names); here = describe(names['label'])
+    seed = '1' if os.environ.get('PYTHONHASHSEED')!='1' else '2'
+    r = subprocess.run([sys.executable,'-W','ignore','-c',code+"from sesemi_fastai.settings import describe; print(describe(label))"], capture_output=True, text=True, env=os.environ|dict(PYTHONHASHSEED=seed))
+    assert r.stdout.strip()==str(here), r.stderr
+    exec(code.replace("'h'}", "'i'}"), names); assert describe(names['label'])['code']!=here['code']
 
 def test_recipe_and_size_of_folders(folder):
     def settings(**kw):
@@ -190,6 +201,20 @@ def test_versions(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, '__version__', '9.9')
     with pytest.raises(CheckpointError, match='version of torch was'): fit(allow='version of python')
     fit(allow=['version of torch','version of python'])
+
+def test_fewer_gpus_than_before(monkeypatch):
+    "Saved with four GPUs visible, resumed with one: its generator goes on, and tensors of the others come to the one there is"
+    generators,moved = [None],[]
+    def set_all(states):
+        for i,o in enumerate(states): generators[i] = o   # which fails beyond the last, as torch's does
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(generators)); monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_rng_state_all', set_all)
+    set_rng_states(rng_states()|dict(cuda=[torch.tensor([i]) for i in range(4)])); assert generators==[torch.tensor([0])]
+    class OnGPU:
+        def to(self, device): moved.append(str(device)); return self
+    for o in ('cuda:3','cuda:0'): unpack_state(('on',(o,OnGPU())))
+    assert moved==['cuda','cuda:0']
+    generators.clear(); set_rng_states(rng_states()|dict(cuda=[torch.tensor([0])])); assert generators==[]
 
 def test_frozen_layers_are_named(folder, tmp_path):
     with pytest.raises(RuntimeError, match='cut'): tiny(folder).fit(2, .1, cbs=[ResumeTraining(tmp_path, 1), Cut(4)])
