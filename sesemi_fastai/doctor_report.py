@@ -14,6 +14,7 @@ from .images import *
 from .data import *
 from .html import *
 from .report import *
+from .results import *
 from .run import *
 from .command import *
 from .imagewang import *
@@ -117,8 +118,7 @@ def trained_learner(
     if not file.exists(): raise FileNotFoundError(f"{printable(folder)} holds no results.json: name the folder of a finished run, such as runs/sample/run-0.")
     res = json.loads(file.read_text())
     cfg = replace(RunConfig(**{o.name:res[o.name] for o in fields(RunConfig) if o.name in res}), data=str(path), exclude=None, on_bad_image='skip', num_workers=0)
-    dls = PairedDataLoaders.from_folder(path, train, valid, unlabeled or (('train','val','unsup') if cfg.val_in_pool else ('train','unsup')), size=cfg.size, unlabeled_bs=cfg.unlabeled_bs, bs=cfg.bs, labels_per_class=cfg.labels_per_class,
-        recipe=cfg.recipe, seed=cfg.seed, num_workers=0, n_steps=cfg.steps, extra=cfg.extra, cache=False if cfg.cache=='none' else cfg.cache, on_bad_image='skip', verbose=False)
+    dls = cfg.dls(train=train, valid=valid, **(dict(unlabeled=unlabeled) if unlabeled else {}))
     named = lambda cs: ', '.join(map(printable, cs[:5]))+(', …' if len(cs)>5 else '')
     if (of := res.get('classes')) and of!=[*map(printable, dls.valid_vocab)]: raise ValueError(f"The run in {printable(folder)} is of the classes {named(of)}, and {printable(path)} has {named(dls.valid_vocab)}: name a run on these images.")
     learn = cfg.learner(dls)

@@ -119,13 +119,15 @@ class RunConfig:
     @property
     def processes(self): return max(1, num_distrib())
 
-    def dls(self):
+    def dls(self,
+        **kwargs # For `PairedDataLoaders.from_folder`, in the place of its own
+    ):
         "The data of this run, in batches of this process"
         for k in ('unlabeled_bs','bs'):
             if (v := getattr(self, k)) and v%self.processes: raise ValueError(f"{k}={v} can't be shared by {self.processes} processes: use a multiple of their number.")
-        return PairedDataLoaders.from_folder(self.data, unlabeled=('train','val','unsup') if self.val_in_pool else ('train','unsup'), size=self.size,
-            unlabeled_bs=self.unlabeled_bs//self.processes, bs=self.bs and self.bs//self.processes, labels_per_class=self.labels_per_class, recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, extra=self.extra, verbose=False,
-            cache=False if self.cache=='none' else self.cache, exclude=self.exclude or (), on_bad_image=self.on_bad_image)
+        own = dict(unlabeled=('train','val','unsup') if self.val_in_pool else ('train','unsup'), size=self.size, unlabeled_bs=self.unlabeled_bs//self.processes, bs=self.bs and self.bs//self.processes, labels_per_class=self.labels_per_class,
+            recipe=self.recipe, seed=self.seed, num_workers=self.num_workers, n_steps=self.steps, extra=self.extra, verbose=False, cache=False if self.cache=='none' else self.cache, exclude=self.exclude or (), on_bad_image=self.on_bad_image)
+        return PairedDataLoaders.from_folder(self.data, **own|kwargs)
 
     def as_loaded(self,
         dls:PairedDataLoaders # Made from it
