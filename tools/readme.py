@@ -203,6 +203,13 @@ def measured_objectives():
     if not parts: return 'Not measured yet: `python tests/benchmarks/objectives.py fashionwang`.'
     return '\n'.join(['In brackets: points above the baseline of the same seed'+', ± the standard error over seeds' *any(' ± ' in o for o in parts)+'.', '', '![Points of accuracy above the baseline for each objective, alone and beside rotation, a dot for each seed](images/objectives.png)', *parts])
 
+def pretrained():
+    "What each objective gave to pretrained weights in the runs of tests/benchmarks/pretrained.py, beside the baseline with the same seeds"
+    base,by = objective_runs(results/'pretrained.jsonl')
+    words = objective_words|dict(fixmatch_bn="FixMatch, `bn='batch'`", fixmatch_ema='FixMatch, averaged weights as teacher', rotation_fixmatch='rotation, one turn, and FixMatch')
+    rows = [f"| {words[k]} | {len(rs)} | {statistics.mean(o['accuracy'] for o in rs.values()):.1f} % | {with_error(differences(rs,base),'+.1f')} |" for k,rs in sorted(by.items(), key=lambda o: -statistics.mean(differences(o[1],base)))]
+    return '\n'.join(['| on unlabelled images | seeds | accuracy | points above the baseline |','| --- | --- | --- | --- |',*rows,f"| nothing: the supervised baseline | {len(base)} | {with_error([o['accuracy'] for o in base.values()],'.1f')} % | |"])
+
 # What the runs of tests/benchmarks/recipes.py are called
 trial_words = dict(protocol='the published training, fast recipe', best='`best`', protocol_one='published, one random rotation of each of four times as many images', protocol_xresnet='published, xresnet18 with SiLU', protocol_ranger='published, Ranger and its schedule', protocol_smoothing='published, label smoothing', protocol_mixup='published, MixUp',
     protocol_growing='published, progressive resizing', protocol_no_dropout='published, no dropout', protocol_fixmatch='published, pseudo-labels late', protocol_extra="published, Imagenette's classes as labels and images", best_mixup='`best` and MixUp .4', best_no_growing='`best` without progressive resizing', best_no_smoothing='`best` without label smoothing',
@@ -256,7 +263,7 @@ if __name__=='__main__':
         figures.objectives(); figures.recipes()
     texts,(acc,said),(whole,*short) = {},accuracies(),[*recipe_runs().values()] or [{}]
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
-        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'which_recipe':[tried_recipes([whole]),part_by_part(),tried_recipes(short)]}
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'tutorials/pretrained':[pretrained()], 'which_recipe':[tried_recipes([whole]),part_by_part(),tried_recipes(short)]}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
