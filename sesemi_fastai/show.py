@@ -20,7 +20,7 @@ from .prediction import *
 # %% ../nbs/08_show.ipynb #b643b38b
 def _denormalised(x, dl):
     "Images in 0..1, on the CPU"
-    norm = first(getattr(dl.after_batch,'fs',[]), lambda o: isinstance(o, Normalize))
+    norm = first(getattr(whole_dl(dl).after_batch,'fs',[]), lambda o: isinstance(o, Normalize))
     x = x.detach().float().cpu()
     return (x if norm is None else x*norm.std.float().cpu()+norm.mean.float().cpu()).clamp(0,1)
 

@@ -399,6 +399,7 @@ mutants = [
     M('doctor', "if r>0]", "if True]", 'doctor'),
     M('doctor', "[(r+k)%4 for r in range(4)]", "[(r-k)%4 for r in range(4)]", 'doctor'),
     M('doctor', ".quantile(.95)", ".quantile(.05)", 'doctor'),
+    M('strong', "whole_dl(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", "(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", 'strong'),
 ]
 
 def notebook(module):
