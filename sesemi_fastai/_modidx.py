@@ -631,6 +631,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'sesemi_fastai/passes.py'),
                                       'sesemi_fastai.passes.UnlabeledBatch.view': ( 'passes.html#unlabeledbatch.view',
                                                                                     'sesemi_fastai/passes.py'),
+                                      'sesemi_fastai.passes.UnlabeledBatch.within': ( 'passes.html#unlabeledbatch.within',
+                                                                                      'sesemi_fastai/passes.py'),
                                       'sesemi_fastai.passes.UnlabeledBatch.without_gradient': ( 'passes.html#unlabeledbatch.without_gradient',
                                                                                                 'sesemi_fastai/passes.py'),
                                       'sesemi_fastai.passes.feature_pass': ('passes.html#feature_pass', 'sesemi_fastai/passes.py'),

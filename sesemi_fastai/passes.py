@@ -61,7 +61,7 @@ class UnlabeledBatch:
     ):
         store_attr()
         self.differentiated = dict(differentiated)
-        self.views,self.passes,self.targets_of = {},{},{}
+        self.views,self.passes,self.targets_of,self.in_pass = {},{},{},False
 
     def view(self,
         view # A function of `x`; where it has a method `from_batch`, that is called with this batch
@@ -83,6 +83,14 @@ class UnlabeledBatch:
         "A context in which draws are those of this step and view"
         return seeded(self.key(what, view_name(view)), self.x.device) if self.key else nullcontext()
 
+    @contextmanager
+    def within(self):
+        "`context`, once where a pass needs another for its view: hooks in it would else run twice"
+        outer,self.in_pass = self.in_pass,True
+        try:
+            with nullcontext() if outer else self.context(): yield
+        finally: self.in_pass = outer
+
     def run(self,
         view, # See `view`
         bn:str, # See `bn_policy`
@@ -91,7 +99,7 @@ class UnlabeledBatch:
         "Send a view through the model"
         norms,behind = self.layers
         try:
-            with self.drawing('pass', view), self.context(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
+            with self.drawing('pass', view), self.within(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
                 feats,out = self.forward(self.images(view))
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e): raise
@@ -124,7 +132,7 @@ class UnlabeledBatch:
     )->Tensor: # Outputs, without gradients
         "What the teacher, in evaluation mode, makes of a view"
         if ('teacher',view) not in self.targets_of:
-            with torch.no_grad(), self.context(): self.targets_of['teacher',view] = to_full(self.teacher(self.images(view)))
+            with torch.no_grad(), self.within(): self.targets_of['teacher',view] = to_full(self.teacher(self.images(view)))
         return self.targets_of['teacher',view]
 
     def free(self):

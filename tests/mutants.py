@@ -209,8 +209,8 @@ mutants = [
     M('randomness', 'learn.epoch, learn.iter, *filter', 'learn.epoch, *filter', 'randomness'),
     M('randomness', '*filter(None, [rank_distrib()])', '*[]', 'test_distributed.py::test_dropout_differs'),
     M('randomness', '        start_epoch(self.dls, self.learn.epoch)', '        pass', 'test_matrix.py::test_two_fits'),
-    M('passes', "with self.drawing('pass', view), self.context(),", 'with self.context(),', 'test_objectives.py::test_gradients_are_the_sum'),
-    M('passes', 'self.context(), bn_policy(norms, bn)', 'bn_policy(norms, bn)', 'test_matrix.py::test_bfloat16'),
+    M('passes', "with self.drawing('pass', view), self.within(),", 'with self.within(),', 'test_objectives.py::test_gradients_are_the_sum'),
+    M('passes', 'self.within(), bn_policy(norms, bn)', 'bn_policy(norms, bn)', 'test_matrix.py::test_bfloat16'),
     M('passes', "if 'classes' not in reads else []", 'if False else []', 'test_matrix.py::test_vision_learner'),
     M('passes', "'batch' if bn=='update' else bn", 'bn', 'passes'),
     M('passes', 'if key not in self.passes:', 'if True:', 'passes'),
@@ -400,6 +400,7 @@ mutants = [
     M('doctor', "[(r+k)%4 for r in range(4)]", "[(r-k)%4 for r in range(4)]", 'doctor'),
     M('doctor', ".quantile(.95)", ".quantile(.05)", 'doctor'),
     M('strong', "whole_dl(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", "(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", 'strong'),
+    M('passes', "nullcontext() if outer else self.context()", "self.context()", 'prediction'),
 ]
 
 def notebook(module):
