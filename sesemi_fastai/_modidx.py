@@ -635,6 +635,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'sesemi_fastai/passes.py'),
                                       'sesemi_fastai.passes.UnlabeledBatch.without_gradient': ( 'passes.html#unlabeledbatch.without_gradient',
                                                                                                 'sesemi_fastai/passes.py'),
+                                      'sesemi_fastai.passes._no_kept_casts': ('passes.html#_no_kept_casts', 'sesemi_fastai/passes.py'),
                                       'sesemi_fastai.passes.feature_pass': ('passes.html#feature_pass', 'sesemi_fastai/passes.py'),
                                       'sesemi_fastai.passes.to_full': ('passes.html#to_full', 'sesemi_fastai/passes.py'),
                                       'sesemi_fastai.passes.view_name': ('passes.html#view_name', 'sesemi_fastai/passes.py'),

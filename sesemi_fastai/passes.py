@@ -48,6 +48,14 @@ def view_name(
     view = getattr(view,'func',view)   # of a partial
     return getattr(view,'__qualname__',None) or type(view).__qualname__
 
+@contextmanager
+def _no_kept_casts():
+    "Autocast neither keeps nor looks up casts of weights: one made without gradients would serve a pass with them in some versions of torch"
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try: yield
+    finally: torch.set_autocast_cache_enabled(was)
+
 class UnlabeledBatch:
     "The unlabelled images of one step, `x`, their views, and what the model makes of them"
     def __init__(self,
@@ -124,7 +132,7 @@ class UnlabeledBatch:
     )->tuple: # Features or None, and outputs
         "The same, from a pass that was differentiated if there is one, else from one of its own that moves no running averages"
         if (view,bn) not in self.targets_of:
-            with torch.no_grad(): self.targets_of[view,bn] = self.run(view, 'batch' if bn=='update' else bn, {'classes','features'})
+            with torch.no_grad(), _no_kept_casts(): self.targets_of[view,bn] = self.run(view, 'batch' if bn=='update' else bn, {'classes','features'})
         return self.targets_of[view,bn]
 
     def teacher_targets(self,

@@ -401,6 +401,7 @@ mutants = [
     M('doctor', ".quantile(.95)", ".quantile(.05)", 'doctor'),
     M('strong', "whole_dl(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", "(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", 'strong'),
     M('passes', "nullcontext() if outer else self.context()", "self.context()", 'prediction'),
+    M('passes', "torch.set_autocast_cache_enabled(False)", "pass", 'passes'),
 ]
 
 def notebook(module):
