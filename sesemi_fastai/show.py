@@ -71,7 +71,11 @@ def _unlabeled_batches(learn, n):
     "Batches of the epoch that comes next, `n` images in all, on the model's device; the stream stays where it is"
     dl = unlabeled_dl(learn); epoch = getattr(dl,'epoch',None)
     try:
-        for i,b in enumerate(itertools.islice(dl, -(-n//dl.bs))): yield b[0].as_subclass(Tensor)[:n-i*dl.bs].to(first(learn.model.parameters()).device)
+        for b in dl:
+            x = (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor)[:n]
+            yield x.to(first(learn.model.parameters()).device)
+            n -= len(x)
+            if not n: break
     finally:
         if epoch is not None: dl.epoch = epoch
 

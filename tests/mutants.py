@@ -402,6 +402,9 @@ mutants = [
     M('strong', "whole_dl(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", "(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", 'strong'),
     M('passes', "nullcontext() if outer else self.context()", "self.context()", 'prediction'),
     M('passes', "torch.set_autocast_cache_enabled(False)", "pass", 'passes'),
+    M('samples', "_tuple(first(dl))", "first(dl)", 'samples'),
+    M('samples', "return _tuple(dl.after_batch", "return tuple(dl.after_batch", 'samples'),
+    M('show', "x = (b[0] if isinstance(b, (tuple,list)) else b)", "x = b[0]", 'show'),
 ]
 
 def notebook(module):
