@@ -143,7 +143,8 @@ class UnlabeledObjective(TransientCallback):
     )->float:
         "The factor of the loss at `pct` of a run (ramp of [Laine and Aila, 2017](https://arxiv.org/abs/1610.02242))"
         t = pct-self.start_pct
-        return self.weight*(math.exp(-5*(1-t/self.ramp_pct)**2) if t<self.ramp_pct else 1.)*(t>=0)
+        if t<0: return 0.
+        return self.weight*(math.exp(-5*(1-t/self.ramp_pct)**2) if t<self.ramp_pct else 1.)
 
 # %% ../nbs/07a_objective.ipynb #f898a76c
 @patch

@@ -52,6 +52,11 @@ class FixedThreshold(BatchStatistics):
         super().__init__()
         self.threshold = torch.as_tensor(threshold, dtype=torch.float64)
         if not ((self.threshold>=0)&(self.threshold<=1)).all(): raise ValueError(f"threshold={threshold} must be between 0 and 1.")
+    def check(self,
+        n_out:int # Outputs of the model
+    ):
+        "Raise `ValueError` where there are thresholds of other classes than these"
+        if self.threshold.ndim and self.threshold.shape!=(n_out,): raise ValueError(f"threshold= has {self.threshold.numel()} values for {n_out} classes: give one for each class, or one number for all.")
     @torch.no_grad()
     def __call__(self,
         p:Tensor # Probabilities `(B,C)` or `(B,C,2)`

@@ -405,6 +405,10 @@ mutants = [
     M('samples', "_tuple(first(dl))", "first(dl)", 'samples'),
     M('samples', "return _tuple(dl.after_batch", "return tuple(dl.after_batch", 'samples'),
     M('show', "x = (b[0] if isinstance(b, (tuple,list)) else b)", "x = b[0]", 'show'),
+    M('objective', "if t<0: return 0.", "pass", 'pretext'),
+    M('weighting', "self.threshold.shape!=(n_out,)", "False", 'weighting'),
+    M('prediction', "        self.weighting.check(n_out)\n", "", 'prediction'),
+    M('prediction', "FixedThreshold(self.threshold).check(n_out)", "pass", 'prediction'),
 ]
 
 def notebook(module):
