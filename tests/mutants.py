@@ -409,6 +409,7 @@ mutants = [
     M('weighting', "self.threshold.shape!=(n_out,)", "False", 'weighting'),
     M('prediction', "        self.weighting.check(n_out)\n", "", 'prediction'),
     M('prediction', "FixedThreshold(self.threshold).check(n_out)", "pass", 'prediction'),
+    M('data', "if k in ('recipe','left_out','valid_vocab')", "if False", 'data'),
 ]
 
 def notebook(module):
