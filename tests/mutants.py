@@ -360,7 +360,7 @@ mutants = [
     M('progressive', "if small.shape==x.shape: raise", "if False: raise", 'progressive'),
     M('progressive', "except (AssertionError, RuntimeError) as e", "except RuntimeError as e", 'progressive'),
     M('learner', "self.learn.loss_grad = self.lf(self.pred, *self.yb)", "pass", 'learner'),
-    M('learner', "if grow and not any(isinstance(o, ProgressiveResize) for o in L(cbs))", "if grow", 'learner'),
+    M('learner', "if grow and not has(ProgressiveResize)", "if grow", 'learner'),
     M('learner', "if isinstance(o, ProgressiveResize): o.check(model, x)", "pass", 'learner'),
     M('report', "'progressive','extra','exclude')", "'progressive','exclude')", 'report'),
     M('run_report', " if not (p.startswith('objective') or p=='other') or not math.isnan(y)]", "]", 'run_report'),
@@ -410,6 +410,8 @@ mutants = [
     M('prediction', "        self.weighting.check(n_out)\n", "", 'prediction'),
     M('prediction', "FixedThreshold(self.threshold).check(n_out)", "pass", 'prediction'),
     M('data', "if k in ('recipe','left_out','valid_vocab')", "if False", 'data'),
+    M('randomness', "isinstance(o, StepSeed)][-1]", "isinstance(o, StepSeed)][0]", 'randomness'),
+    M('learner', "if has(StepSeed) else [StepSeed()]", "if False else [StepSeed()]", 'learner'),
 ]
 
 def notebook(module):
