@@ -115,7 +115,8 @@ def _finish(self:EMA):
 # %% ../nbs/07e_ema.ipynb #07e00011
 @patch
 def before_fit(self:EMA):
-    "A fit that was interrupted is over"
+    "A fit that was interrupted is over; raises `ValueError` where there are two, of which each would train on the other's averages"
+    if len(self.learn.cbs.filter(risinstance(EMA)))>1: raise ValueError("This Learner has two EMA: leave one out, or take its own away with learn.remove_cb(EMA).")
     self._finish()
 
 @patch

@@ -16,6 +16,7 @@ from .unlabeled import *
 from .pretext import *
 from .losses import *
 from .prediction import *
+from .ema import *
 
 # %% ../nbs/08_show.ipynb #b643b38b
 def _denormalised(x, dl):
@@ -125,7 +126,7 @@ def show_results(self:FixMatch,
     "Unlabelled images with their pseudo-labels, confidences and thresholds as after the last step, and their strong views below"
     learn = _learner_of(self); model = plain_model(learn.model)
     if self.trained is not model: raise ValueError(f"{type(self).__name__} was not trained with the model of this Learner: fit first.")
-    teacher = self.teacher=='ema' and getattr(getattr(learn,'ema',None),'teacher',None) or model   # after a fit the model holds the averages
+    teacher = self.teacher=='ema' and getattr(first(learn.cbs, risinstance(EMA)),'teacher',None) or model   # after a fit the model holds the averages
     with eval_mode(model):
         x = torch.cat([*_unlabeled_batches(learn, max_n)])
         with seeded(0, x.device): strong = self.strong_view(x)

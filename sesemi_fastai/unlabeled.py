@@ -14,6 +14,7 @@ from .streams import *
 from .samples import *
 from .probe import *
 from .companions import *
+from .ema import *
 from .transient import *
 from .randomness import *
 from .features import *
@@ -157,7 +158,7 @@ def prepare(self:UnlabeledStep):
     twice = [n for n in {o.name for o in objectives} if sum(o.name==n for o in objectives)>1]
     if twice: raise ValueError(f"This Learner has two objectives called {twice[0]!r}, whose columns would be one: leave one out, or give it a name of its own (cb.name = ...).")
     for o in objectives:
-        if o.teacher=='ema' and not hasattr(learn,'ema'): raise ValueError(f"{type(o).__name__} needs the averaged weights of EMA for its targets, and this Learner has none: add EMA() to cbs.")
+        if o.teacher=='ema' and not any(isinstance(c, EMA) for c in learn.cbs): raise ValueError(f"{type(o).__name__} needs the averaged weights of EMA for its targets, and this Learner has none: add EMA() to cbs.")
     self.forget_search()
     dl,model = unlabeled_dl(learn),plain_model(learn.model)
     x = sample_inputs(whole_dl(dl)).as_subclass(Tensor).to(first(model.parameters()).device)
@@ -221,7 +222,7 @@ def new_batch(self:UnlabeledStep,
         if o.weight>0:
             for v in o.views(): diff.setdefault((v,o.bn,o.backward), set()).add(o.reads)
     key = first(learn.cbs, risinstance(StepSeed)).key
-    return UnlabeledBatch(x, self._forward, self._norms, key, partial(pass_contexts, learn), getattr(getattr(learn,'ema',None),'teacher',None), diff)
+    return UnlabeledBatch(x, self._forward, self._norms, key, partial(pass_contexts, learn), getattr(first(learn.cbs, risinstance(EMA)),'teacher',None), diff)
 
 @patch
 def loss_of(self:UnlabeledStep,

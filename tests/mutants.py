@@ -168,7 +168,7 @@ mutants = [
     M('ema', '    self._raw = [o.clone() for o in new]\n', '    self._raw = new\n', 'ema test_ema.py'),
     M('ema', '    self._use_weights()\n\n@patch\ndef before_batch', '    self._raw = None\n\n@patch\ndef before_batch', 'ema test_ema.py'),
     M('ema', 'if self.teacher is not None and self._versions_then==_versions(self): self', 'if self.teacher is not None: self', 'ema test_ema.py'),
-    M('ema', '    "A fit that was interrupted is over"\n    self._finish()', '    pass', 'ema test_ema.py'),
+    M('ema', '    self._finish()\n\n@patch\ndef before_train', '    pass\n\n@patch\ndef before_train', 'ema test_ema.py'),
     M('ema', '    self._use_averages()\n\n@patch\ndef after_fit', '    pass\n\n@patch\ndef after_fit', 'ema test_ema.py'),
     M('ema', '    self._use_averages()\n\n@patch\ndef after_epoch', '    pass\n\n@patch\ndef after_epoch', 'ema test_ema.py'),
     M('ema', '    self._use_averages()\n    self.teacher = self._raw = self._versions_then = self._loaded = None', '    self.teacher = self._raw = self._versions_then = self._loaded = None', 'ema test_ema.py'),
@@ -412,6 +412,9 @@ mutants = [
     M('data', "if k in ('recipe','left_out','valid_vocab')", "if False", 'data'),
     M('randomness', "isinstance(o, StepSeed)][-1]", "isinstance(o, StepSeed)][0]", 'randomness'),
     M('learner', "if has(StepSeed) else [StepSeed()]", "if False else [StepSeed()]", 'learner'),
+    M('ema', "if len(self.learn.cbs.filter(risinstance(EMA)))>1: raise", "if False: raise", 'test_ema.py::test_two'),
+    M('unlabeled', "first(learn.cbs, risinstance(EMA))", "getattr(learn,'ema',None)", 'test_objectives.py::test_teacher_without_its_name'),
+    M('unlabeled', "not any(isinstance(c, EMA) for c in learn.cbs)", "not hasattr(learn,'ema')", 'test_objectives.py::test_teacher_without_its_name'),
 ]
 
 def notebook(module):

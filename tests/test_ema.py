@@ -163,6 +163,12 @@ def test_fit_twice(learner):
     assert same(first, learn.start) and learn.ema.n_updates==N
     close(tensors(learn.model), learn.watch.avg)
 
+def test_two(learner):
+    "two on one Learner: one sentence before the first step, and the Learner's own goes on, whose name fastai takes away with the other"
+    learn = learner(Watch(), EMA(.95))
+    with pytest.raises(ValueError, match='two EMA'): learn.fit(1, .1, cbs=EMA())
+    learn.fit(1, .1); close(tensors(learn.model), learn.watch.avg)
+
 def test_lr_find(learner):
     "no trace: weights, optimizer and averages as before"
     for cbs in ((), (EMA(.95),)):
