@@ -171,7 +171,7 @@ mutants = [
     M('ema', '    self._finish()\n\n@patch\ndef before_train', '    pass\n\n@patch\ndef before_train', 'ema test_ema.py'),
     M('ema', '    self._use_averages()\n\n@patch\ndef after_fit', '    pass\n\n@patch\ndef after_fit', 'ema test_ema.py'),
     M('ema', '    self._use_averages()\n\n@patch\ndef after_epoch', '    pass\n\n@patch\ndef after_epoch', 'ema test_ema.py'),
-    M('ema', '    self._use_averages()\n    self.teacher = self._raw = self._versions_then = self._loaded = None', '    self.teacher = self._raw = self._versions_then = self._loaded = None', 'ema test_ema.py'),
+    M('ema', '    self._use_averages()\n    if running_fit', '    if running_fit', 'ema test_ema.py'),
     M('ema', 'weights=None if self._raw is None else', 'weights=None if True else', 'ema test_ema.py'),
     M('ema', 'if self._loaded is not None: self._load(self._loaded)', 'pass', 'ema test_ema.py'),
     M('ema', '    torch.distributed.broadcast(flat, 0)\n', '    pass\n', 'ema test_ema.py'),
@@ -415,6 +415,9 @@ mutants = [
     M('ema', "if len(self.learn.cbs.filter(risinstance(EMA)))>1: raise", "if False: raise", 'test_ema.py::test_two'),
     M('unlabeled', "first(learn.cbs, risinstance(EMA))", "getattr(learn,'ema',None)", 'test_objectives.py::test_teacher_without_its_name'),
     M('unlabeled', "not any(isinstance(c, EMA) for c in learn.cbs)", "not hasattr(learn,'ema')", 'test_objectives.py::test_teacher_without_its_name'),
+    M('ema', "if running_fit(self.learn) is not None: return self._use_averages()", "pass", 'test_ema.py::test_validated_within_a_fit'),
+    M('ema', "    if running_fit(self.learn) is not None: return\n", "", 'test_ema.py::test_validated_within_a_fit'),
+    M('ema', "    self._use_weights()   # which", "    pass   # which", 'test_ema.py::test_validated_within_a_fit'),
 ]
 
 def notebook(module):
