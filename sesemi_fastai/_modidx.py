@@ -1238,6 +1238,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'sesemi_fastai/weighting.py'),
                                          'sesemi_fastai.weighting.BatchStatistics.constant': ( 'weighting.html#batchstatistics.constant',
                                                                                                'sesemi_fastai/weighting.py'),
+                                         'sesemi_fastai.weighting.BatchStatistics.like': ( 'weighting.html#batchstatistics.like',
+                                                                                           'sesemi_fastai/weighting.py'),
                                          'sesemi_fastai.weighting.BatchStatistics.load_state_dict': ( 'weighting.html#batchstatistics.load_state_dict',
                                                                                                       'sesemi_fastai/weighting.py'),
                                          'sesemi_fastai.weighting.BatchStatistics.state_dict': ( 'weighting.html#batchstatistics.state_dict',

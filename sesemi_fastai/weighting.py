@@ -30,6 +30,12 @@ class BatchStatistics:
         key = name,like.device,like.dtype
         if key not in self._constants: self._constants[key] = getattr(self, name).to(like)
         return self._constants[key]
+    def like(self,
+        o # Another
+    )->bool:
+        "Whether `o` was given the same, so that the statistics of one can go on in the other"
+        a,b = ({k:v.tolist() if isinstance(v, Tensor) else v for k,v in vars(p).items() if k not in (*p.stats,'_constants')} for p in (self,o))
+        return type(o) is type(self) and a==b
     def state_dict(self):
         "Copies of the statistics"
         return {o:None if getattr(self,o) is None else getattr(self,o).clone() for o in self.stats}

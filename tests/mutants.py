@@ -418,6 +418,9 @@ mutants = [
     M('ema', "if running_fit(self.learn) is not None: return self._use_averages()", "pass", 'test_ema.py::test_validated_within_a_fit'),
     M('ema', "    if running_fit(self.learn) is not None: return\n", "", 'test_ema.py::test_validated_within_a_fit'),
     M('ema', "    self._use_weights()   # which", "    pass   # which", 'test_ema.py::test_validated_within_a_fit'),
+    M('objective', "was==self.made_for and getattr(", "getattr(", 'test_objectives_matrix.py::test_kept_over_fits'),
+    M('objective', "getattr(v,'like',lambda o: True)(kept[k]): kept", "True: kept", 'test_objectives_matrix.py::test_kept_over_fits'),
+    M('objective', "self.fit_heads.to(device=p.device, dtype=p.dtype); same", "same", 'objective'),
 ]
 
 def notebook(module):
