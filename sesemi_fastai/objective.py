@@ -102,7 +102,7 @@ class UnlabeledObjective(TransientCallback):
         if backward not in ('joint','sequential'): raise ValueError(f"{type(self).__name__}: backward={backward!r} isn't known: use 'joint' or 'sequential'.")
         if bn not in bn_policies: raise ValueError(f"{type(self).__name__}: bn={bn!r} isn't known: use one of {', '.join(bn_policies)}.")
         self.weight,self.ramp_pct,self.start_pct,self.backward,self.bn = weight,ramp_pct,start_pct,backward,bn
-        self.fit_heads,self.fit_opt,self.kept,self.trained,self._opt_func,self.made_for = nn.ModuleDict(),None,{},None,None,None
+        self.fit_heads,self.fit_opt,self.kept,self.trained,self._opt_func,self.made_for,self.fit_layer = nn.ModuleDict(),None,{},None,None,None,None
 
     def views(self)->list: # Of functions, see `UnlabeledBatch.view`
         "The views whose passes it differentiates"
@@ -177,7 +177,8 @@ def prepare(self:UnlabeledObjective,
     if task not in self.tasks: raise ValueError(f"{type(self).__name__} needs {'classes' if 'multi' in self.tasks else 'one class an image'}, and the loss of this Learner, {type(learn.loss_func).__name__}, is for {dict(single='one class an image', multi='several classes an image', regression='numbers')[task]}: leave {self.name} out.")
     same,self._opt_func = self._opt_func is learn.opt_func,learn.opt_func
     kept,was,self.made_for = self.make_kept(task, n_out, p.device),self.made_for,(task,n_out)
-    if self.trained is model:
+    layer_was,self.fit_layer = self.fit_layer,layer   # for what looks at the heads later
+    if self.trained is model and (self.reads!='features' or layer_was.width==layer.width):
         for k,v in self.kept.items():   # goes on where all that it was made for is as it was
             if k in kept and was==self.made_for and getattr(v,'like',lambda o: True)(kept[k]): kept[k] = v
         self.kept,w = kept,first(self.fit_heads.parameters())

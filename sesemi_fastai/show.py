@@ -92,10 +92,9 @@ def get_preds(self:PretextObjective,
     "What the head makes of the views of `n` unlabelled images; raises `ValueError` after the callback was detached, or before it was trained"
     learn = _learner_of(self); model = plain_model(learn.model)
     if self.trained is not model: raise ValueError(f"{type(self).__name__} was not trained with the model of this Learner: fit first.")
-    layer,res = None,[]
+    layer,res = self.fit_layer,[]
     with eval_mode(model):
         for x in _unlabeled_batches(learn, n):
-            layer = layer or find_feature_layer(model, x[:2], self.features)
             with seeded(0, x.device): views,targs = self.make_view(x)
             res.append((views.cpu(), to_full(self.fit_heads['head'](layer(model, views))).softmax(1).cpu(), targs.cpu()))
     return tuple(map(torch.cat, zip(*res)))

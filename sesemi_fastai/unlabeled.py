@@ -167,7 +167,8 @@ def prepare(self:UnlabeledStep):
         if o.reads=='classes': raise ValueError(f"{type(o).__name__} reads the output of the model, and {type(model).__name__} gives a {type(out).__name__}, not one tensor: leave {o.name} out.")
     layer,needs = None,[o for o in objectives if o.reads=='features']
     if needs:
-        given = {o.features for o in needs}-{None}
+        mods = dict(model.named_modules())
+        given = {mods.get(o.features, o.features) if isinstance(o.features, str) else o.features for o in needs}-{None}
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
     task,seed = task_of(learn.loss_func, sample_targets(whole_dl(learn.dls.train))),getattr(whole_dl(dl),'seed',None)

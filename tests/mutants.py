@@ -421,6 +421,9 @@ mutants = [
     M('objective', "was==self.made_for and getattr(", "getattr(", 'test_objectives_matrix.py::test_kept_over_fits'),
     M('objective', "getattr(v,'like',lambda o: True)(kept[k]): kept", "True: kept", 'test_objectives_matrix.py::test_kept_over_fits'),
     M('objective', "self.fit_heads.to(device=p.device, dtype=p.dtype); same", "same", 'objective'),
+    M('show', "layer,res = self.fit_layer,[]", "layer,res = find_feature_layer(model, first(_unlabeled_batches(learn, 2)), self.features),[]", 'show'),
+    M('unlabeled', "mods.get(o.features, o.features) if isinstance(o.features, str) else o.features for o", "o.features for o", 'show'),
+    M('objective', "layer_was.width==layer.width", "True", 'show'),
 ]
 
 def notebook(module):
