@@ -60,6 +60,7 @@ def show_batch(self:StreamDL,
     if unique and b is None: b = self.batch_of_one(max_n)
     if self.stream!='unlabeled': return TfmdDL.show_batch(self, b, max_n=max_n, **kwargs)
     objective,b = objective or RotationPretext(),b or self.one_batch()
+    if any(hasattr(v,'from_batch') for v in objective.views()): raise ValueError(f"{type(objective).__name__} needs a model for its views, and a loader has none: show those of another objective.")
     objective.see_data(self)
     ncols = kwargs.pop('ncols', 4)
     rows = objective.titled_views(UnlabeledBatch(b[0].as_subclass(Tensor)[:max_n], None, key=partial(random_key, self.seed)))
@@ -129,14 +130,15 @@ def show_results(self:FixMatch,
     with eval_mode(model):
         x = torch.cat([*_unlabeled_batches(learn, max_n)])
         with seeded(0, x.device): strong = self.strong_view(x)
-        p = class_probs(teacher(x), 'single')
+        p = class_probs(teacher(x), self.made_for[0])
     kept = deepcopy(self.kept)   # a look moves no statistics
     if 'align' in kept: p = kept['align'](p)
-    w,(conf,pred) = kept['weighting'](p),p.max(1)
+    w,(conf,pred) = kept['weighting'](p),p.max(-1)
     vocab = getattr(learn.dls,'vocab',None) or range(p.shape[1])
-    titles = [f'{vocab[c]} ({o:.0%})' for c,o in zip(pred, conf)]
+    found = [[(c,o)] for c,o in zip(pred, conf)] if pred.ndim==1 else [[(c,o[c]) for c in q.nonzero()[:,0]] for q,o in zip(pred, conf)]   # one class, or those more probable than not
+    titles = [', '.join(f'{vocab[c]} ({o:.0%})' for c,o in os) or 'no class' for os in found]
     kwargs['ncols'] = kwargs.get('ncols', len(x))
-    _show(_denormalised(torch.cat([x,strong]), learn.dls.valid), titles+['strong view']*len(x), ['black' if o>0 else 'grey' for o in w]+['black']*len(x), **kwargs)
+    _show(_denormalised(torch.cat([x,strong]), learn.dls.valid), titles+['strong view']*len(x), ['black' if o.any() else 'grey' for o in w]+['black']*len(x), **kwargs)
 
 # %% ../nbs/08_show.ipynb #f179ed68
 @patch

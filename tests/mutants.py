@@ -424,6 +424,8 @@ mutants = [
     M('show', "layer,res = self.fit_layer,[]", "layer,res = find_feature_layer(model, first(_unlabeled_batches(learn, 2)), self.features),[]", 'show'),
     M('unlabeled', "mods.get(o.features, o.features) if isinstance(o.features, str) else o.features for o", "o.features for o", 'show'),
     M('objective', "layer_was.width==layer.width", "True", 'show'),
+    M('show', "class_probs(teacher(x), self.made_for[0])", "class_probs(teacher(x), 'single')", 'show'),
+    M('show', "if any(hasattr(v,'from_batch') for v in objective.views()): raise", "if False: raise", 'show'),
 ]
 
 def notebook(module):
