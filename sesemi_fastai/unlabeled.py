@@ -141,7 +141,7 @@ class UnlabeledStep(TransientCallback):
     def after_fit(self):
         "Leave no trace of `lr_find`, and say which images couldn't be read, where they are skipped"
         self.forget_search()
-        bad = getattr(getattr(self.dls, 'unlabeled', None), 'bad', None)
+        bad = getattr(whole_dl(getattr(self.dls, 'unlabeled', None)), 'bad', None)
         if bad is not None and (news := bad.news()): print(news)
 
 # %% ../nbs/07b_unlabeled.ipynb #03eb088a

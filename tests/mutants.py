@@ -426,6 +426,7 @@ mutants = [
     M('objective', "layer_was.width==layer.width", "True", 'show'),
     M('show', "class_probs(teacher(x), self.made_for[0])", "class_probs(teacher(x), 'single')", 'show'),
     M('show', "if any(hasattr(v,'from_batch') for v in objective.views()): raise", "if False: raise", 'show'),
+    M('unlabeled', "getattr(whole_dl(getattr(self.dls, 'unlabeled', None)), 'bad', None)", "getattr(getattr(self.dls, 'unlabeled', None), 'bad', None)", 'unlabeled'),
 ]
 
 def notebook(module):
