@@ -85,7 +85,9 @@ class PairedDataLoaders(DataLoaders):
             unlabeled._one_pass()   # its own types: the copy above brought the labelled ones along
         rest = dls.loaders[2+isinstance(dls, cls):]
         if rest and not isinstance(dls, cls): _say(f"The third loader, of {len(rest[0].dataset):,} images, is dls[3] now; dls[2] is the unlabelled one.", verbose)
-        return cls(labeled, dls.valid, unlabeled, *rest, path=dls.path, device=dls.device)
+        res = cls(labeled, dls.valid, unlabeled, *rest, path=dls.path, device=dls.device)
+        vars(res).update({k:v for k,v in vars(dls).items() if k in ('recipe','left_out','valid_vocab')})   # what `from_folder` said of the labelled ones
+        return res
 
 # %% ../nbs/04_data.ipynb #0a4e011d
 def unlabeled_items(

@@ -11,6 +11,7 @@ import itertools
 from .transient import *
 from .features import plain_model
 from .losses import process_count
+from .signals import running_fit
 
 # %% ../nbs/07e_ema.ipynb #07e00005
 def _hook_dicts(model):
@@ -115,7 +116,9 @@ def _finish(self:EMA):
 # %% ../nbs/07e_ema.ipynb #07e00011
 @patch
 def before_fit(self:EMA):
-    "A fit that was interrupted is over"
+    "A fit that was interrupted is over; raises `ValueError` where there are two, of which each would train on the other's averages"
+    if len(self.learn.cbs.filter(risinstance(EMA)))>1: raise ValueError("This Learner has two EMA: leave one out, or take its own away with learn.remove_cb(EMA).")
+    if running_fit(self.learn) is not None: return self._use_averages()   # `validate` by a callback
     self._finish()
 
 @patch
@@ -131,6 +134,7 @@ def before_train(self:EMA):
 def before_batch(self:EMA):
     "No step was cancelled yet; the fit has begun"
     self._cancelled,self._loaded = False,None
+    self._use_weights()   # which may have been put aside within the epoch
 
 @patch
 def after_cancel_step(self:EMA):
@@ -158,6 +162,7 @@ def after_epoch(self:EMA):
 def after_fit(self:EMA):
     "They stay in the model, before `SaveModelCallback` loads the best or `lr_find` the first weights"
     self._use_averages()
+    if running_fit(self.learn) is not None: return
     self.teacher = self._raw = self._versions_then = self._loaded = None
 
 # %% ../nbs/07e_ema.ipynb #07e00013

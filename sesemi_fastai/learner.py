@@ -137,7 +137,8 @@ def sesemi_learner(
     x = sample_inputs(dls.train).as_subclass(Tensor).cpu()
     model = new_classifier(arch, x, get_c(dls), dropout)
     if smooth and kwargs.get('loss_func') is None: kwargs['loss_func'] = LabelSmoothingCrossEntropy(smooth)
-    own = [StepSeed(), ShardStreams(), *([BatchNormGroups(bn_groups)] if bn_groups!=1 else []), *([LabeledMixUp(mixup)] if mixup else []), *([ProgressiveResize(grow)] if grow and not any(isinstance(o, ProgressiveResize) for o in L(cbs)) else [])]
+    has = lambda t: any(isinstance(o, t) for o in L(cbs))
+    own = [*([] if has(StepSeed) else [StepSeed()]), ShardStreams(), *([BatchNormGroups(bn_groups)] if bn_groups!=1 else []), *([LabeledMixUp(mixup)] if mixup else []), *([ProgressiveResize(grow)] if grow and not has(ProgressiveResize) else [])]
     for o in [*own,*L(cbs)]:
         if isinstance(o, ProgressiveResize): o.check(model, x)
     return Learner(dls, model, opt_func=opt_func or get_opt_func(said['opt'])[0], wd_bn_bias=wd_bn_bias, cbs=own+native_cbs(dls, L(cbs))+L(cbs), **kwargs)

@@ -102,7 +102,7 @@ class UnlabeledObjective(TransientCallback):
         if backward not in ('joint','sequential'): raise ValueError(f"{type(self).__name__}: backward={backward!r} isn't known: use 'joint' or 'sequential'.")
         if bn not in bn_policies: raise ValueError(f"{type(self).__name__}: bn={bn!r} isn't known: use one of {', '.join(bn_policies)}.")
         self.weight,self.ramp_pct,self.start_pct,self.backward,self.bn = weight,ramp_pct,start_pct,backward,bn
-        self.fit_heads,self.fit_opt,self.kept,self.trained,self._opt_func = nn.ModuleDict(),None,{},None,None
+        self.fit_heads,self.fit_opt,self.kept,self.trained,self._opt_func,self.made_for,self.fit_layer = nn.ModuleDict(),None,{},None,None,None,None
 
     def views(self)->list: # Of functions, see `UnlabeledBatch.view`
         "The views whose passes it differentiates"
@@ -143,7 +143,8 @@ class UnlabeledObjective(TransientCallback):
     )->float:
         "The factor of the loss at `pct` of a run (ramp of [Laine and Aila, 2017](https://arxiv.org/abs/1610.02242))"
         t = pct-self.start_pct
-        return self.weight*(math.exp(-5*(1-t/self.ramp_pct)**2) if t<self.ramp_pct else 1.)*(t>=0)
+        if t<0: return 0.
+        return self.weight*(math.exp(-5*(1-t/self.ramp_pct)**2) if t<self.ramp_pct else 1.)
 
 # %% ../nbs/07a_objective.ipynb #f898a76c
 @patch
@@ -175,13 +176,19 @@ def prepare(self:UnlabeledObjective,
     model = plain_model(learn.model); p = first(model.parameters())
     if task not in self.tasks: raise ValueError(f"{type(self).__name__} needs {'classes' if 'multi' in self.tasks else 'one class an image'}, and the loss of this Learner, {type(learn.loss_func).__name__}, is for {dict(single='one class an image', multi='several classes an image', regression='numbers')[task]}: leave {self.name} out.")
     same,self._opt_func = self._opt_func is learn.opt_func,learn.opt_func
-    if self.trained is model:
+    kept,was,self.made_for = self.make_kept(task, n_out, p.device),self.made_for,(task,n_out)
+    layer_was,self.fit_layer = self.fit_layer,layer   # for what looks at the heads later
+    if self.trained is model and (self.reads!='features' or layer_was.width==layer.width):
+        for k,v in self.kept.items():   # goes on where all that it was made for is as it was
+            if k in kept and was==self.made_for and getattr(v,'like',lambda o: True)(kept[k]): kept[k] = v
+        self.kept,w = kept,first(self.fit_heads.parameters())
+        if w is not None and (w.device,w.dtype)!=(p.device,p.dtype): self.fit_heads.to(device=p.device, dtype=p.dtype); same = False
         if self.fit_opt is not None and not same: self.fit_opt = optimizer_like(learn, self.fit_heads)
         return self.fit_heads.zero_grad()   # of a step that broke off
     with seeded(random_key(seed, 'head', self.name)) if seed is not None else nullcontext():
         self.fit_heads = nn.ModuleDict(self.make_heads(layer.width if layer else 0, n_out)).to(device=p.device, dtype=p.dtype)
     self.fit_opt = optimizer_like(learn, self.fit_heads) if len(self.fit_heads) else None
-    self.kept,self.trained = self.make_kept(task, n_out, p.device),model
+    self.kept,self.trained = kept,model
 
 # %% ../nbs/07a_objective.ipynb #de7ca75b
 class BoundBatch:

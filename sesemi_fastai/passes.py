@@ -48,6 +48,14 @@ def view_name(
     view = getattr(view,'func',view)   # of a partial
     return getattr(view,'__qualname__',None) or type(view).__qualname__
 
+@contextmanager
+def _no_kept_casts():
+    "Autocast neither keeps nor looks up casts of weights: one made without gradients would serve a pass with them in some versions of torch"
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try: yield
+    finally: torch.set_autocast_cache_enabled(was)
+
 class UnlabeledBatch:
     "The unlabelled images of one step, `x`, their views, and what the model makes of them"
     def __init__(self,
@@ -61,7 +69,7 @@ class UnlabeledBatch:
     ):
         store_attr()
         self.differentiated = dict(differentiated)
-        self.views,self.passes,self.targets_of = {},{},{}
+        self.views,self.passes,self.targets_of,self.in_pass = {},{},{},False
 
     def view(self,
         view # A function of `x`; where it has a method `from_batch`, that is called with this batch
@@ -83,6 +91,14 @@ class UnlabeledBatch:
         "A context in which draws are those of this step and view"
         return seeded(self.key(what, view_name(view)), self.x.device) if self.key else nullcontext()
 
+    @contextmanager
+    def within(self):
+        "`context`, once where a pass needs another for its view: hooks in it would else run twice"
+        outer,self.in_pass = self.in_pass,True
+        try:
+            with nullcontext() if outer else self.context(): yield
+        finally: self.in_pass = outer
+
     def run(self,
         view, # See `view`
         bn:str, # See `bn_policy`
@@ -91,7 +107,7 @@ class UnlabeledBatch:
         "Send a view through the model"
         norms,behind = self.layers
         try:
-            with self.drawing('pass', view), self.context(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
+            with self.drawing('pass', view), self.within(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
                 feats,out = self.forward(self.images(view))
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e): raise
@@ -116,7 +132,7 @@ class UnlabeledBatch:
     )->tuple: # Features or None, and outputs
         "The same, from a pass that was differentiated if there is one, else from one of its own that moves no running averages"
         if (view,bn) not in self.targets_of:
-            with torch.no_grad(): self.targets_of[view,bn] = self.run(view, 'batch' if bn=='update' else bn, {'classes','features'})
+            with torch.no_grad(), _no_kept_casts(): self.targets_of[view,bn] = self.run(view, 'batch' if bn=='update' else bn, {'classes','features'})
         return self.targets_of[view,bn]
 
     def teacher_targets(self,
@@ -124,7 +140,7 @@ class UnlabeledBatch:
     )->Tensor: # Outputs, without gradients
         "What the teacher, in evaluation mode, makes of a view"
         if ('teacher',view) not in self.targets_of:
-            with torch.no_grad(), self.context(): self.targets_of['teacher',view] = to_full(self.teacher(self.images(view)))
+            with torch.no_grad(), self.within(): self.targets_of['teacher',view] = to_full(self.teacher(self.images(view)))
         return self.targets_of['teacher',view]
 
     def free(self):

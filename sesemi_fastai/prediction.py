@@ -38,6 +38,10 @@ class PseudoLabel(UnlabeledObjective):
     ):
         super().__init__(weight=weight, ramp_pct=ramp_pct, **kwargs)
         self.weighting = FixedThreshold(threshold)
+    def make_kept(self, task, n_out, device):
+        "Nothing, but thresholds have to be those of the classes"
+        self.weighting.check(n_out)
+        return {}
     def loss(self, batch):
         "Cross-entropy with the labels, divided by all images; the figure is the share of images that had one"
         logits = batch.classes(weak)
@@ -182,6 +186,7 @@ class FixMatch(StrongObjective):
         return [weak] if self.teacher=='student' else []
     def make_kept(self, task, n_out, device):
         "The weighting and the alignment"
+        FixedThreshold(self.threshold).check(n_out)
         res = dict(weighting=dict(fixed=partial(FixedThreshold, self.threshold), free=partial(FreeMatchThreshold, self.momentum), soft=partial(SoftMatchWeights, self.momentum))[self.weighting]())
         if self.align: res['align'] = DistributionAlignment(label_shares(self.learn.dls, task, n_out) if self.align=='labels' else 'uniform', self.momentum, task, getattr(self.learn.dls,'vocab',None))
         return res

@@ -30,7 +30,8 @@ class StepSeed(TransientCallback):
     )->int: # A seed
         "Of this step of the fit, and this process"
         learn = self.learn
-        return random_key(ifnone(self.step_seed, getattr(whole_dl(learn.dls.train),'seed',0)), *parts, learn.epoch, learn.iter, *filter(None, [rank_distrib()]))
+        seed = [o for o in learn.cbs if isinstance(o, StepSeed)][-1].step_seed   # the user's, beside one that came along
+        return random_key(ifnone(seed, getattr(whole_dl(learn.dls.train),'seed',0)), *parts, learn.epoch, learn.iter, *filter(None, [rank_distrib()]))
     def restore(self):
         "Put the generators back where they were before the step, unless they were seeded anew: after a fit that broke off that may be long ago"
         states,self._states = self._states,None

@@ -10,17 +10,19 @@ from fastai.vision.all import *
 from .streams import *
 
 # %% ../nbs/04c_samples.ipynb #7d68f846
+def _tuple(b): return tuple(b) if isinstance(b, (tuple,list)) else (b,)   # a loader may give bare tensors
+
 def sample_batch(
     dl # A loader of any kind
 )->tuple: # A batch of two items, transformed as for training
     "Two items as `dl` gives them, without moving any random generator"
     dl = whole_dl(dl)   # one process's part has no items of its own
     if not isinstance(dl, TfmdDL):
-        with preserved(getattr(dl,'device',None)): return tuple(o[:2] for o in first(dl))
+        with preserved(getattr(dl,'device',None)): return tuple(o[:2] for o in _tuple(first(dl)))
     with seeded(0, dl.device):
         dl.before_iter()
         b = dl.do_batch([dl.do_item(0)]*2)
-        return tuple(dl.after_batch(to_device(b, dl.device) if dl.device else b))
+        return _tuple(dl.after_batch(to_device(b, dl.device) if dl.device else b))
 
 def sample_inputs(
     dl:TfmdDL # See `sample_batch`

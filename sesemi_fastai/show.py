@@ -16,11 +16,12 @@ from .unlabeled import *
 from .pretext import *
 from .losses import *
 from .prediction import *
+from .ema import *
 
 # %% ../nbs/08_show.ipynb #b643b38b
 def _denormalised(x, dl):
     "Images in 0..1, on the CPU"
-    norm = first(getattr(dl.after_batch,'fs',[]), lambda o: isinstance(o, Normalize))
+    norm = first(getattr(whole_dl(dl).after_batch,'fs',[]), lambda o: isinstance(o, Normalize))
     x = x.detach().float().cpu()
     return (x if norm is None else x*norm.std.float().cpu()+norm.mean.float().cpu()).clamp(0,1)
 
@@ -59,6 +60,7 @@ def show_batch(self:StreamDL,
     if unique and b is None: b = self.batch_of_one(max_n)
     if self.stream!='unlabeled': return TfmdDL.show_batch(self, b, max_n=max_n, **kwargs)
     objective,b = objective or RotationPretext(),b or self.one_batch()
+    if any(hasattr(v,'from_batch') for v in objective.views()): raise ValueError(f"{type(objective).__name__} needs a model for its views, and a loader has none: show those of another objective.")
     objective.see_data(self)
     ncols = kwargs.pop('ncols', 4)
     rows = objective.titled_views(UnlabeledBatch(b[0].as_subclass(Tensor)[:max_n], None, key=partial(random_key, self.seed)))
@@ -71,7 +73,11 @@ def _unlabeled_batches(learn, n):
     "Batches of the epoch that comes next, `n` images in all, on the model's device; the stream stays where it is"
     dl = unlabeled_dl(learn); epoch = getattr(dl,'epoch',None)
     try:
-        for i,b in enumerate(itertools.islice(dl, -(-n//dl.bs))): yield b[0].as_subclass(Tensor)[:n-i*dl.bs].to(first(learn.model.parameters()).device)
+        for b in dl:
+            x = (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor)[:n]
+            yield x.to(first(learn.model.parameters()).device)
+            n -= len(x)
+            if not n: break
     finally:
         if epoch is not None: dl.epoch = epoch
 
@@ -87,10 +93,9 @@ def get_preds(self:PretextObjective,
     "What the head makes of the views of `n` unlabelled images; raises `ValueError` after the callback was detached, or before it was trained"
     learn = _learner_of(self); model = plain_model(learn.model)
     if self.trained is not model: raise ValueError(f"{type(self).__name__} was not trained with the model of this Learner: fit first.")
-    layer,res = None,[]
+    layer,res = self.fit_layer,[]
     with eval_mode(model):
         for x in _unlabeled_batches(learn, n):
-            layer = layer or find_feature_layer(model, x[:2], self.features)
             with seeded(0, x.device): views,targs = self.make_view(x)
             res.append((views.cpu(), to_full(self.fit_heads['head'](layer(model, views))).softmax(1).cpu(), targs.cpu()))
     return tuple(map(torch.cat, zip(*res)))
@@ -121,18 +126,19 @@ def show_results(self:FixMatch,
     "Unlabelled images with their pseudo-labels, confidences and thresholds as after the last step, and their strong views below"
     learn = _learner_of(self); model = plain_model(learn.model)
     if self.trained is not model: raise ValueError(f"{type(self).__name__} was not trained with the model of this Learner: fit first.")
-    teacher = self.teacher=='ema' and getattr(getattr(learn,'ema',None),'teacher',None) or model   # after a fit the model holds the averages
+    teacher = self.teacher=='ema' and getattr(first(learn.cbs, risinstance(EMA)),'teacher',None) or model   # after a fit the model holds the averages
     with eval_mode(model):
         x = torch.cat([*_unlabeled_batches(learn, max_n)])
         with seeded(0, x.device): strong = self.strong_view(x)
-        p = class_probs(teacher(x), 'single')
+        p = class_probs(teacher(x), self.made_for[0])
     kept = deepcopy(self.kept)   # a look moves no statistics
     if 'align' in kept: p = kept['align'](p)
-    w,(conf,pred) = kept['weighting'](p),p.max(1)
+    w,(conf,pred) = kept['weighting'](p),p.max(-1)
     vocab = getattr(learn.dls,'vocab',None) or range(p.shape[1])
-    titles = [f'{vocab[c]} ({o:.0%})' for c,o in zip(pred, conf)]
+    found = [[(c,o)] for c,o in zip(pred, conf)] if pred.ndim==1 else [[(c,o[c]) for c in q.nonzero()[:,0]] for q,o in zip(pred, conf)]   # one class, or those more probable than not
+    titles = [', '.join(f'{vocab[c]} ({o:.0%})' for c,o in os) or 'no class' for os in found]
     kwargs['ncols'] = kwargs.get('ncols', len(x))
-    _show(_denormalised(torch.cat([x,strong]), learn.dls.valid), titles+['strong view']*len(x), ['black' if o>0 else 'grey' for o in w]+['black']*len(x), **kwargs)
+    _show(_denormalised(torch.cat([x,strong]), learn.dls.valid), titles+['strong view']*len(x), ['black' if o.any() else 'grey' for o in w]+['black']*len(x), **kwargs)
 
 # %% ../nbs/08_show.ipynb #f179ed68
 @patch

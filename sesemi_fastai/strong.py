@@ -15,7 +15,7 @@ def norm_stats(
     dls # `DataLoaders`, one loader, or None
 )->tuple: # Mean and deviation of each channel, as tuples of floats; (None,None) where nothing normalises
     "What `Normalize` in the batch transforms of `dls` uses"
-    dl = dls[0] if isinstance(dls, (DataLoaders,list)) else dls
+    dl = whole_dl(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)   # one process's part has no transforms of its own
     for f in getattr(getattr(dl,'after_batch',None), 'fs', []):
         if isinstance(f, Normalize): return tuple(tuple(o.flatten().tolist()) for o in (f.mean,f.std))
     return None,None

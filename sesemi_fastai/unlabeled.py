@@ -14,6 +14,7 @@ from .streams import *
 from .samples import *
 from .probe import *
 from .companions import *
+from .ema import *
 from .transient import *
 from .randomness import *
 from .features import *
@@ -140,7 +141,7 @@ class UnlabeledStep(TransientCallback):
     def after_fit(self):
         "Leave no trace of `lr_find`, and say which images couldn't be read, where they are skipped"
         self.forget_search()
-        bad = getattr(getattr(self.dls, 'unlabeled', None), 'bad', None)
+        bad = getattr(whole_dl(getattr(self.dls, 'unlabeled', None)), 'bad', None)
         if bad is not None and (news := bad.news()): print(news)
 
 # %% ../nbs/07b_unlabeled.ipynb #03eb088a
@@ -157,7 +158,7 @@ def prepare(self:UnlabeledStep):
     twice = [n for n in {o.name for o in objectives} if sum(o.name==n for o in objectives)>1]
     if twice: raise ValueError(f"This Learner has two objectives called {twice[0]!r}, whose columns would be one: leave one out, or give it a name of its own (cb.name = ...).")
     for o in objectives:
-        if o.teacher=='ema' and not hasattr(learn,'ema'): raise ValueError(f"{type(o).__name__} needs the averaged weights of EMA for its targets, and this Learner has none: add EMA() to cbs.")
+        if o.teacher=='ema' and not any(isinstance(c, EMA) for c in learn.cbs): raise ValueError(f"{type(o).__name__} needs the averaged weights of EMA for its targets, and this Learner has none: add EMA() to cbs.")
     self.forget_search()
     dl,model = unlabeled_dl(learn),plain_model(learn.model)
     x = sample_inputs(whole_dl(dl)).as_subclass(Tensor).to(first(model.parameters()).device)
@@ -166,7 +167,8 @@ def prepare(self:UnlabeledStep):
         if o.reads=='classes': raise ValueError(f"{type(o).__name__} reads the output of the model, and {type(model).__name__} gives a {type(out).__name__}, not one tensor: leave {o.name} out.")
     layer,needs = None,[o for o in objectives if o.reads=='features']
     if needs:
-        given = {o.features for o in needs}-{None}
+        mods = dict(model.named_modules())
+        given = {mods.get(o.features, o.features) if isinstance(o.features, str) else o.features for o in needs}-{None}
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
     task,seed = task_of(learn.loss_func, sample_targets(whole_dl(learn.dls.train))),getattr(whole_dl(dl),'seed',None)
@@ -221,7 +223,7 @@ def new_batch(self:UnlabeledStep,
         if o.weight>0:
             for v in o.views(): diff.setdefault((v,o.bn,o.backward), set()).add(o.reads)
     key = first(learn.cbs, risinstance(StepSeed)).key
-    return UnlabeledBatch(x, self._forward, self._norms, key, partial(pass_contexts, learn), getattr(getattr(learn,'ema',None),'teacher',None), diff)
+    return UnlabeledBatch(x, self._forward, self._norms, key, partial(pass_contexts, learn), getattr(first(learn.cbs, risinstance(EMA)),'teacher',None), diff)
 
 @patch
 def loss_of(self:UnlabeledStep,

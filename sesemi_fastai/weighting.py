@@ -30,6 +30,12 @@ class BatchStatistics:
         key = name,like.device,like.dtype
         if key not in self._constants: self._constants[key] = getattr(self, name).to(like)
         return self._constants[key]
+    def like(self,
+        o # Another
+    )->bool:
+        "Whether `o` was given the same, so that the statistics of one can go on in the other"
+        a,b = ({k:v.tolist() if isinstance(v, Tensor) else v for k,v in vars(p).items() if k not in (*p.stats,'_constants')} for p in (self,o))
+        return type(o) is type(self) and a==b
     def state_dict(self):
         "Copies of the statistics"
         return {o:None if getattr(self,o) is None else getattr(self,o).clone() for o in self.stats}
@@ -52,6 +58,11 @@ class FixedThreshold(BatchStatistics):
         super().__init__()
         self.threshold = torch.as_tensor(threshold, dtype=torch.float64)
         if not ((self.threshold>=0)&(self.threshold<=1)).all(): raise ValueError(f"threshold={threshold} must be between 0 and 1.")
+    def check(self,
+        n_out:int # Outputs of the model
+    ):
+        "Raise `ValueError` where there are thresholds of other classes than these"
+        if self.threshold.ndim and self.threshold.shape!=(n_out,): raise ValueError(f"threshold= has {self.threshold.numel()} values for {n_out} classes: give one for each class, or one number for all.")
     @torch.no_grad()
     def __call__(self,
         p:Tensor # Probabilities `(B,C)` or `(B,C,2)`

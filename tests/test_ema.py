@@ -163,6 +163,12 @@ def test_fit_twice(learner):
     assert same(first, learn.start) and learn.ema.n_updates==N
     close(tensors(learn.model), learn.watch.avg)
 
+def test_two(learner):
+    "two on one Learner: one sentence before the first step, and the Learner's own goes on, whose name fastai takes away with the other"
+    learn = learner(Watch(), EMA(.95))
+    with pytest.raises(ValueError, match='two EMA'): learn.fit(1, .1, cbs=EMA())
+    learn.fit(1, .1); close(tensors(learn.model), learn.watch.avg)
+
 def test_lr_find(learner):
     "no trace: weights, optimizer and averages as before"
     for cbs in ((), (EMA(.95),)):
@@ -170,6 +176,29 @@ def test_lr_find(learner):
         learn.lr_find(num_it=8, show_plot=False) if cbs else learn.fit(0)
         assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items())
     assert learn.ema.teacher is None and not any('grad_avg' in o for o in learn.opt.state.values())
+
+class Looks(Callback):
+    "At an event of each epoch or training step, `validate` and `get_preds`, which end as a fit does; then training goes on where it was"
+    order,run_valid = 55,False
+    def __init__(self, event): self.busy,self.seen = False,[]; setattr(self, event, self.look)
+    def before_validate(self):
+        if self.busy: self.seen.append((tensors(self.model), self.learn.watch.avg))
+    def look(self):
+        if self.busy or not hasattr(self.learn.watch,'avg'): return   # no step was taken yet
+        learn,rng = self.learn,torch.get_rng_state()
+        self.busy,was = True,{k:getattr(learn,k) for k in ('training','epoch','iter','n_iter','dl') if hasattr(learn,k)}
+        learn.validate(); learn.get_preds()
+        for k,v in was.items(): setattr(learn, k, v)
+        self.model.train(learn.training); torch.set_rng_state(rng); self.busy = False
+
+@pytest.mark.parametrize('event', ['before_epoch','after_batch','after_train','after_epoch'])
+def test_validated_within_a_fit(learner, event):
+    "`validate` and `get_preds` by a callback: they see the averages, and training and averages go on as without them, bitwise"
+    learn,plain = learner(Watch(), EMA(.95), Looks(event)),learner(Watch(), EMA(.95))
+    for o in (learn,plain): torch.manual_seed(1); o.fit(2, .1)
+    assert all(map(same, learn.watch.weights, plain.watch.weights)) and same(tensors(learn.model), tensors(plain.model)) and learn.watch.n==2*N
+    assert len(learn.looks.seen)==dict(before_epoch=2, after_batch=4*N).get(event, 4)
+    for seen in learn.looks.seen: close(*seen)
 
 def test_outside_a_fit(learner):
     "validate and get_preds leave all as it is"

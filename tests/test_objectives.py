@@ -162,6 +162,18 @@ def test_errors(dls):
     with pytest.raises(ValueError, match='threshold=2'): PseudoLabel(threshold=2)
     with pytest.raises(ValueError, match='eps=0'): VAT(eps=0)
 
+def test_teacher_without_its_name(dls):
+    "the Learner's `EMA` is the teacher also where fastai took away its name, with another that was refused"
+    learn = Learner(dls, net(), cbs=[MeanTeacher(ramp_pct=0), FixMatch(teacher='ema'), EMA(.9)]); teachers = []
+    class Look(Callback):
+        order,run_valid = 6,False
+        def after_loss(self): teachers.append(self.unlabeled_step._batch.teacher)
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(ValueError, match='two EMA'): learn.fit(1, cbs=EMA())
+        assert not hasattr(learn, 'ema')
+        learn.fit(1, cbs=Look())
+    assert all(isinstance(o, nn.Module) for o in teachers) and len(teachers)==3
+
 @pytest.mark.parametrize('cb', [PseudoLabel(threshold=.5, ramp_pct=0), FixMatch(threshold=.5), PiModel(), EntropyMin(.1)], ids=lambda o: o.name)
 def test_figures_of_several_labels(dls, cb):
     "with several labels an image, an objective's figure is the mean over images and classes: a share stays one"

@@ -8,7 +8,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CategoryBlock,Cros
     MultiCategoryBlock,ProgressCallback,RegressionBlock,Resize,SaveModelCallback,SGD,TerminateOnNaNCallback,get_image_files,noop,vision_learner)
 from torchvision.models import resnet18
 from fastai.callback.all import GradientAccumulation,GradientClip,MixUp
-from sesemi_fastai.all import BFloat16,EMA,EntropyMin,FixMatch,PairedDataLoaders,RotationPretext,StepSeed,UnlabeledObjective
+from sesemi_fastai.all import BFloat16,EMA,EntropyMin,FixMatch,PairedDataLoaders,RotationPretext,StepSeed,UnlabeledObjective,VAT
 from test_objectives import apart,dls,equal,family
 
 def net(norm=False, n_out=2):
@@ -160,6 +160,19 @@ def test_deepcopy(dls, name):
         assert equal(before[0], heads(objective(learn))) and equal(before[1], learn.model.state_dict()) and same_state(before[2], objective(learn).state_dict())
         learn.fit(1, 1e-2)
         assert equal(copy.model.state_dict(), learn.model.state_dict()) and equal(heads(objective(copy)), heads(objective(learn))) and copy.recorder.values[0][:-1]==learn.recorder.values[0][:-1]
+
+def test_kept_over_fits(dls):
+    "thresholds and alignment go on in the next fit, and begin anew where the given threshold, the labels' shares or the classes are others"
+    cb = FixMatch(threshold=.5, align='labels', momentum=.9); learn = make(dls, [cb]); learn.fit(1, 1e-2); first = dict(cb.kept)
+    learn.fit(1, 1e-2); assert all(cb.kept[k] is v for k,v in first.items())
+    cb.threshold = .7; learn.fit(1, 1e-2); assert cb.kept['weighting'].threshold==.7 and cb.kept['align'] is first['align']
+    learn.dls = PairedDataLoaders.from_folder(dls.path, size=32, unlabeled_bs=6, bs=8, num_workers=0, seed=0, n_steps=3, exclude=get_image_files(dls.path/'train/a')[:4])
+    learn.fit(1, 1e-2); assert cb.kept['align'].target.tolist()==pytest.approx([1/3,2/3])
+    cb = FixMatch(weighting='free'); learn = make(dls, [cb, VAT(eps=2.)]); learn.fit(1, 1e-2); was = cb.kept['weighting']; learn.fit(1, 1e-2); assert cb.kept['weighting'] is was
+    learn.model[-1] = nn.Linear(16,3); learn.fit(1, 1e-2, reset_opt=True); assert cb.kept['weighting'].shares.shape==(3,)
+    class Bits(nn.BCEWithLogitsLoss):
+        def forward(self, out, y): return super().forward(out, nn.functional.one_hot(y, 3).float())
+    learn.loss_func = Bits(); learn.fit(1, 1e-2); assert cb.kept['weighting'].shares.shape==(3,2) and learn.vat.task=='multi'
 
 class Interrupt(Callback):
     "Ctrl-C at an event of the second step"
