@@ -90,7 +90,7 @@ def _section(o, path, names, max_rows, max_files=12):
 def _body(r, max_rows, names=None):
     "All findings in HTML"
     rows = [[Html(f'<a href="#{o.name}">{to_html(o.title)}</a>') if o.rows or o.bars else o.title,o.says] for o in r.findings]   # one without images has no section
-    return (f'<h1>{to_html(r.path.name)}</h1><p>{to_html(_counts(r))}</p><p class="quiet">{len(r.exclude()):,} files are better left out: those that can\'t be read, and duplicates. No file was changed.</p>{html_table(rows)}\n'
+    return (f'<h1>{to_html(r.path.absolute().name)}</h1><p>{to_html(_counts(r))}</p><p class="quiet">{len(r.exclude()):,} files are better left out: those that can\'t be read, and duplicates. No file was changed.</p>{html_table(rows)}\n'
         +'\n'.join(_section(o, r.path, names, max_rows) for o in r.findings if o.rows or o.bars))
 
 def write_doctor_html(
@@ -100,7 +100,7 @@ def write_doctor_html(
     names:str|Path=None # A JSON file of class names, see `class_names`
 ):
     "A page with each finding and its images, which needs no other file"
-    _write(file, html_page(f'Doctor: {r.path.name}', _body(r, max_rows, names)))
+    _write(file, html_page(f'Doctor: {r.path.absolute().name}', _body(r, max_rows, names)))
 
 @patch
 def _repr_html_(self:Report): return html_block(_body(self, max_rows=4))   # what a notebook shows of `doctor(path)`

@@ -324,6 +324,7 @@ mutants = [
     M('doctor_report', "<figcaption>{to_html(name)}", "<figcaption>{name}", 'doctor_report'),
     M('doctor_report', "        if o: check_writable(o, option)\n", "        pass\n", 'test_errors.py::test_doctor_mistakes'),
     M('doctor_report', "if class_names: _check_names(class_names, sorted(", "if False: _check_names(class_names, sorted(", 'test_errors.py::test_doctor_with_names_of_other_classes'),
+    M('doctor_report', "<h1>{to_html(r.path.absolute().name)}", "<h1>{to_html(r.path.name)}", 'test_doctor.py::test_from_inside_the_folder'),
     M('doctor_report', "trained_learner(run, path, train, valid, pools)", "trained_learner(run, path)", 'doctor_report'),
     M('doctor_report', "if (of := res.get('classes')) and of!=", "if (of := None) and of!=", 'doctor_report'),
     M('checkpoint', "if hashlib.sha256(data[n:]).hexdigest().encode()!=bytes(data[len(_magic):n-1]): raise", "if False: raise", 'checkpoint'),

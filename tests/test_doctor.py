@@ -22,6 +22,13 @@ def test_command(folder, tmp_path):
                         '--unlabeled_bs','4','--num_workers','0','--out',str(tmp_path/'run')], capture_output=True, text=True)
     assert r.returncode==0 and '36 unlabelled' in r.stdout, r.stderr
 
+def test_from_inside_the_folder(folder, tmp_path, monkeypatch):
+    "`sesemi_doctor .`: the page bears the folder's name"
+    monkeypatch.chdir(folder); (folder/'unsup/bad.png').touch()
+    doctor_command(['.', '--num_workers', '0', '--out', str(tmp_path/'out')])
+    page = (tmp_path/'out/doctor.html').read_text(encoding='utf-8'); assert '<title>Doctor: data</title>' in page and '<h1>data</h1>' in page
+    assert json.loads((tmp_path/'out/doctor.json').read_text())['findings'][0]['exclude']==['unsup/bad.png']
+
 @pytest.mark.parametrize('args,says', [(['nowhere'],'nowhere'), (['{f}','--train','none'],"'none'"), (['{f}','--exclude','{f}/val/a/0.png'],'no JSON list'), (['{f}','--run','{f}'],'no results.json'), (['{f}','--write_exclude','{f}/val/a/0.png'],'not written over')])
 def test_mistakes(folder, capsys, args, says):
     with pytest.raises(SystemExit) as e: doctor_command([o.format(f=folder) for o in args])
