@@ -237,7 +237,7 @@ def _config(args):
     if args['recipe']:   # what it says of training comes before what the sample would have
         said = get_recipe(args['recipe'], given.get('size', preset['size'])).training
         preset = {k:v for k,v in preset.items() if said.get(k)==published_training.get(k)}
-    return RunConfig(data, data if data in ('sample',*_urls) else Path(data).name, **{**preset, **given}, **same)
+    return RunConfig(data, data if data in ('sample',*_urls) else Path(data).absolute().name, **{**preset, **given}, **same)
 
 # %% ../nbs/16_imagewang.ipynb #0d760ede
 def imagewang_command(
