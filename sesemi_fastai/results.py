@@ -11,6 +11,7 @@ import json,subprocess
 import sesemi_fastai
 from fastai.callback.progress import CSVLogger
 from .data import *
+from .transient import *
 
 # %% ../nbs/13f_results.ipynb #210f5fb6
 @contextmanager
@@ -42,7 +43,7 @@ def failed_run(
     except (ValueError, KeyError, TypeError): return 'failed.json is damaged'
 
 # %% ../nbs/13f_results.ipynb #13f00008
-class HistoryFile(CSVLogger):
+class HistoryFile(TransientCallback,CSVLogger):
     "fastai's `CSVLogger`, whose file is written anew with its first line and not before"
     _learn = None
     def before_fit(self):
