@@ -41,7 +41,7 @@ def get_data(
     except (URLError,ConnectionError,TimeoutError) as e: raise OSError(f"{name} can't be fetched from {_urls.get(name)} ({getattr(e,'reason',None) or e}): check the network, or fetch the archive yourself and name it.") from e
     except OSError as e:
         if e.filename==str(path): raise OSError(f"{printable(path)} can't be read ({e.strerror}): check its permissions.") from e
-        raise OSError(f"fastai's data folder, {os.getenv('FASTAI_HOME','~/.fastai')}, can't be written ({e.strerror or e}): set the environment variable FASTAI_HOME to a folder that can, and has room.") from e
+        raise OSError(f"fastai's data folder, {os.getenv('FASTAI_HOME','~/.fastai')}, can't be written ({e.strerror or e}): set the environment variable FASTAI_HOME to a folder that can, and has space.") from e
 
 # %% ../nbs/16_imagewang.ipynb #325b4052
 def seconds_per_step(
