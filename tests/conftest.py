@@ -3,6 +3,7 @@ import json,multiprocessing,os,subprocess,sys
 os.environ.setdefault('MPLBACKEND','Agg')
 os.environ.setdefault('OMP_NUM_THREADS','1')
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG',':4096:8')   # read at a process's first matrix product on a GPU, which may not be that of the test that needs it
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np,pytest
 from PIL import Image
@@ -47,6 +48,18 @@ def folder(tmp_path):
         d = tmp_path/'data'/nm; d.mkdir(parents=True)
         for i in range(n): Image.fromarray(rng.integers(0,256,(40,48,3),dtype=np.uint8)).save(d/f'{i}.png')
     return tmp_path/'data'
+
+@pytest.fixture(scope='session')
+def nobody():
+    "A context: as a user whom permissions bind, also where tests run as root"
+    @contextmanager
+    def f():
+        root = os.geteuid()==0
+        if root: os.seteuid(65534)
+        try: yield
+        finally:
+            if root: os.seteuid(0)
+    return f
 
 @pytest.fixture(scope='session')
 def predict_alone():

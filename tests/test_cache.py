@@ -1,7 +1,7 @@
 "The cache of decoded images, in bad company: two builders at once, a kill, a full disk, files that vanish"
 import errno,json,multiprocessing,os,pickle,shutil,tarfile,tempfile,time
 from pathlib import Path
-from contextlib import contextmanager,redirect_stdout
+from contextlib import redirect_stdout
 import numpy as np,pytest
 from PIL import Image
 from sesemi_fastai.all import *
@@ -65,15 +65,6 @@ def test_read_only_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module.FileLock, '_acquire', refuse)                  # as root may write anywhere
     no_cache(folder, home, 'Permission denied')
 
-@contextmanager
-def nobody():
-    "As a user whom permissions bind, also where tests run as root"
-    root = os.geteuid()==0
-    if root: os.seteuid(65534)
-    try: yield
-    finally:
-        if root: os.seteuid(0)
-
 def test_others_may_read(folder, tmp_path):
     "Caches and unpacked archives have the mode of any new folder, so that a second user can read them"
     with tarfile.open(tmp_path/'x.tgz', 'w:gz') as t: t.add(folder/'unsup', 'unsup')
@@ -85,7 +76,7 @@ def test_others_may_read(folder, tmp_path):
         assert len(made)==2 and [o.stat().st_mode&0o777 for o in made]==[mode]*2
 
 @pytest.mark.parametrize('what', ['cache.json','pixels.bin','the cache','home'])
-def test_unreadable_cache(folder, what):
+def test_unreadable_cache(folder, nobody, what):
     "A cache of someone else that may not be read: a warning, and images are decoded"
     with tempfile.TemporaryDirectory() as top:
         os.chmod(top, 0o755); data,home = shutil.copytree(folder, f'{top}/data'),Path(top)/'home'; files = find_images(data)

@@ -184,27 +184,18 @@ def test_link_to_nowhere(folder):
     "a link that leads nowhere: named before training"
     (folder/'unsup/x.png').symlink_to(folder/'none.png'); named(folder, folder/'unsup/x.png', 'the link leads nowhere')
 
-@contextlib.contextmanager
-def nobody():
-    "As a user whom permissions bind, also where tests run as root"
-    root = os.geteuid()==0
-    if root: os.seteuid(65534)
-    try: yield
-    finally:
-        if root: os.seteuid(0)
-
 @pytest.fixture
 def open_folder(folder):
     "The folder where anyone can read it"
     top = Path(tempfile.mkdtemp()); os.chmod(top, 0o755); shutil.copytree(folder, top/'data'); yield top/'data'
     shutil.rmtree(top)
 
-def test_unreadable_file(open_folder):
+def test_unreadable_file(open_folder, nobody):
     "a file that may not be read: named before training"
     f = open_folder/'unsup/3.png'; f.chmod(0)
     with nobody(): named(open_folder, f, 'Permission denied')
 
-def test_unreadable_folder(open_folder):
+def test_unreadable_folder(open_folder, nobody):
     "a folder that may not be read: an error that names it, not an empty folder"
     (open_folder/'unsup/deep').mkdir(mode=0)
     with nobody(), pytest.raises(PermissionError, match=r"unsup/deep can't be read \(Permission denied\)"): paired(open_folder)

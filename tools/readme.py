@@ -1,5 +1,5 @@
 "Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings and results of tests; `--check` only compares"
-import ast,csv,json,re,statistics,sys
+import ast,csv,functools,json,re,statistics,sys
 from configparser import ConfigParser
 from pathlib import Path
 import nbformat
@@ -218,6 +218,7 @@ trial_words = dict(protocol='the published training, fast recipe', best='`best`'
     turns_adamw='`best` without pseudo-labels, AdamW', turns16_48='`best` without pseudo-labels, MixUp .2, 16 labelled and 48 unlabelled images a step', mish='`best` without pseudo-labels, Mish, MixUp .4', mish_growing_half='`best` without pseudo-labels, Mish, MixUp .4, progressive resizing in the first half',
     plain='`best` without pseudo-labels and progressive resizing, Mish', plain_growing='`best` without pseudo-labels, Mish, progressive resizing in the first half', plain64='`best` without pseudo-labels and progressive resizing, Mish, 64 a step', relu64='`best` without pseudo-labels and progressive resizing, ReLU, 64 a step', relu64_images="`best` without pseudo-labels and progressive resizing, ReLU, 64 a step, Imagenette's images in the pool", relu64_extra="`best` without pseudo-labels and progressive resizing, ReLU, 64 a step, Imagenette's classes as labels and images", relu32_96='`best` without pseudo-labels and progressive resizing, ReLU, 32 labelled and 96 unlabelled')
 
+@functools.cache
 def recipe_runs():
     "Runs of tests/benchmarks/recipes.py: by share of the passes, the largest first, those of each name; baselines apart"
     by,file = {},results/'recipes/trials.jsonl'
