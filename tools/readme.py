@@ -229,11 +229,16 @@ def tried_recipes(shares):
     "What recipes reached at equal image passes, the best first, a table for each of some shares of them; a supervised baseline beside each that has one"
     parts = []
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
+    cpu = statistics.mode(r['machine']['cpu'] for by in recipe_runs().values() for rs in by.values() for r in rs) if recipe_runs() else None
+    def minutes(rs):
+        "Of the runs on the machine that made most of them; with a star where there are none"
+        usual = [r for r in rs if r['machine']['cpu']==cpu]
+        return f"{mean(usual or rs,'seconds')/60:.0f}"+'*'*(not usual)
     for by in filter(None, shares):
         parts += ['', f"### {next(v[0]['passes'] for v in by.values() if not v[0]['baseline']):,} image passes", '', '| recipe | seeds | accuracy | choosing, reporting | baseline | minutes |','| --- | --- | --- | --- | --- | --- |']
         for name,rs in sorted(((k,v) for k,v in by.items() if not v[0]['baseline']), key=lambda o: -mean(o[1],'accuracy')):
             base = by.get(f'{name}, supervised baseline',[])
-            parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f}, {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {mean(rs,'seconds')/60:.0f} |")
+            parts.append(f"| {trial_words[name]} | {len(rs)} | {with_error([r['accuracy'] for r in rs],'.1f')} % | {mean(rs,'choose'):.1f}, {mean(rs,'report'):.1f} % | {with_error([r['accuracy'] for r in base],'.1f')+' %' if base else ''} | {minutes(rs)} |")
     return '\n'.join(parts).strip()
 
 # A part of a recipe, the trial where the published training has it, and the trial where `best` hasn't it, or, after a plus, has it beside its own
