@@ -36,7 +36,7 @@ def _tensors(model): return dict(itertools.chain(model.named_parameters(), model
 class EMA(TransientCallback):
     "Average the weights over the steps of a fit; validation, `SaveModelCallback` and the end of the fit get the averages, training goes on with the weights"
     order,run_valid,name = 5,False,'ema'
-    teacher,_learn,_raw,_loaded,_versions_then,_cancelled,n_updates = None,None,None,None,None,False,0
+    teacher,_learn,_raw,_loaded,_versions_then,_cancelled,_stepping,n_updates = None,None,None,None,None,False,False,0
     def __init__(self,
         decay:float=.999, # Share of the average that each step keeps
         warmup:bool=True # Keep less in the first steps: (1+n)/(10+n) after n
@@ -54,7 +54,7 @@ class EMA(TransientCallback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):   # set to None by `remove_cb`, also after an interrupted `fit(cbs=…)`
-        if self._learn is not None: self._finish()
+        if self._learn is not None: self._finish(self._stepping and running_fit(self._learn, method='fit') is not None)
         object.__setattr__(self, '_learn', learn)
 
 # %% ../nbs/07e_ema.ipynb #07e00010
@@ -108,10 +108,11 @@ def _use_weights(self:EMA):
     self._raw,self._versions_then = None,_versions(self)
 
 @patch
-def _finish(self:EMA):
-    "After a fit, however it ended: leave the averages in the model, unless weights were loaded since the last step"
-    if self.teacher is not None and self._versions_then==_versions(self): self._use_averages()
+def _finish(self:EMA, in_step=False):
+    "After a fit, however it ended: leave the averages in the model, unless weights were loaded since the last step; where it broke off `in_step`, what changed them was the optimizer"
+    if self.teacher is not None and (in_step or self._versions_then==_versions(self)): self._use_averages()
     self.teacher = self._raw = self._versions_then = None
+    self._stepping = False
 
 # %% ../nbs/07e_ema.ipynb #07e00011
 @patch
@@ -137,6 +138,11 @@ def before_batch(self:EMA):
     self._use_weights()   # which may have been put aside within the epoch
 
 @patch
+def before_step(self:EMA):
+    "From here on the optimizer changes weights"
+    self._stepping = True
+
+@patch
 def after_cancel_step(self:EMA):
     "Mixed precision skipped this step, after which `after_step` comes all the same"
     self._cancelled = True
@@ -144,9 +150,8 @@ def after_cancel_step(self:EMA):
 @patch
 def after_step(self:EMA):
     "Average"
-    if self._cancelled: return
-    self.update()
-    self._versions_then = _versions(self)
+    if not self._cancelled: self.update()
+    self._versions_then,self._stepping = _versions(self),False
 
 @patch
 def after_train(self:EMA):

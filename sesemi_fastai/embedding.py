@@ -27,7 +27,8 @@ class BarlowTwins(StrongObjective):
         **kwargs
     ):
         super().__init__(weight=weight, **kwargs)
-        self.lam,self.n_proj,self.features = lam,n_proj,features
+        if not (0<=lam<math.inf and n_proj>=1 and n_proj==int(n_proj)): raise ValueError(f"BarlowTwins: lam={lam} must be 0 or more, and n_proj={n_proj} a whole number of 1 or more.")
+        self.lam,self.n_proj,self.features = lam,int(n_proj),features
     def make_heads(self, n_features, n_out):
         "A projector of three layers"
         n,hidden = self.n_proj,lambda i: [nn.Linear(i, self.n_proj, bias=False), nn.BatchNorm1d(self.n_proj), nn.ReLU(inplace=True)]

@@ -43,6 +43,8 @@ def parse_objectives(
     for n in names:
         if n not in named_objectives: raise ValueError(f"objective={text!r}: {n!r} isn't known: use {', '.join(named_objectives)}, joined by +.")
         if names.count(n)>1: raise ValueError(f"objective={text!r} names {n} twice: name it once.")
+    for k,v in [o for _,kw in terms for o in kw.items()]:
+        if isinstance(v, float) and not math.isfinite(v): raise ValueError(f"objective={text!r}: {k}={v} must be finite.")
     return dict(terms)
 
 def objective_text(
@@ -62,7 +64,6 @@ def make_objectives(
         cls = named_objectives[n]; known = list(inspect.signature(cls.__init__).parameters)[1:]
         for k,v in kw.items():
             if k not in known: raise ValueError(f"objective={text!r}: {n} has no parameter {k!r}: use some of {', '.join(o for o in known if o!='kwargs')}.")
-            if isinstance(v, float) and not math.isfinite(v): raise ValueError(f"objective={text!r}: {k}={v} must be finite.")
         try: res.append(cls(**common|kw))
         except TypeError as e: raise ValueError(f"objective={text!r}: a parameter of {n} is of the wrong kind ({e}): see its documentation.") from e
     return res

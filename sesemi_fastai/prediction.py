@@ -130,8 +130,8 @@ class VAT(UnlabeledObjective):
         **kwargs
     ):
         super().__init__(weight=weight, **kwargs)
-        if not (0<eps<math.inf and 0<xi<math.inf and n_power>=1): raise ValueError(f"VAT: eps={eps} and xi={xi} must be above 0, and n_power={n_power} 1 or more.")
-        self.eps,self.xi,self.n_power,self.task = eps,xi,n_power,'single'
+        if not (0<eps<math.inf and 0<xi<math.inf and n_power>=1 and n_power==int(n_power)): raise ValueError(f"VAT: eps={eps} and xi={xi} must be above 0, and n_power={n_power} a whole number of 1 or more.")
+        self.eps,self.xi,self.n_power,self.task = eps,xi,int(n_power),'single'
         self.passes_per_image = 1+1/3+n_power
         self._view = _Perturbed(self)
     def make_kept(self, task, n_out, device):
@@ -146,7 +146,7 @@ class VAT(UnlabeledObjective):
         return [weak]
     def loss(self, batch):
         "Mean Kullback-Leibler divergence; the figure is the share of predictions that changed"
-        logits,target = batch.classes(self._view),batch.targets(weak)
+        target,logits = batch.targets(weak),batch.classes(self._view)
         return kl_loss(target, logits, batch.task), ~agreement(logits.detach(), target, batch.task)
 
 # %% ../nbs/07d_prediction.ipynb #89487404
@@ -179,6 +179,7 @@ class FixMatch(StrongObjective):
         super().__init__(weight=weight, **kwargs)
         for k,v,known in (('weighting',weighting,('fixed','free','soft')), ('align',align,(None,'uniform','labels')), ('teacher',teacher,('student','ema'))):
             if v not in known: raise ValueError(f"FixMatch: {k}={v!r} isn't known: use one of {', '.join(map(repr, known))}.")
+        if not 0<=fairness<math.inf: raise ValueError(f"FixMatch: fairness={fairness} must be 0 or more, and finite.")
         FixedThreshold(threshold), DistributionAlignment(momentum=momentum)   # their errors, now
         self.threshold,self.weighting,self.align,self.teacher,self.momentum,self.fairness = threshold,weighting,align,teacher,momentum,fairness
     def target_views(self):

@@ -30,9 +30,12 @@ def sample_inputs(
     "The inputs of `sample_batch`"
     return sample_batch(dl)[0]
 
-def sample_targets(dl): # The labels of two items, or None where there are none
-    "The labels of `sample_batch`"
-    return (*sample_batch(dl), None)[1]
+def sample_targets(
+    dl # See `sample_batch`
+)->tuple: # Of tensors: several where items have several targets, none where they have no labels
+    "The labels of `sample_batch`, which follow its inputs"
+    b = sample_batch(dl)
+    return b[getattr(getattr(whole_dl(dl),'dataset',None),'n_inp',max(1, len(b)-1)):]
 
 # %% ../nbs/04c_samples.ipynb #bf3bd413
 def unlabeled_dl(

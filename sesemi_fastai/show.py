@@ -81,19 +81,18 @@ def _unlabeled_batches(learn, n):
     finally:
         if epoch is not None: dl.epoch = epoch
 
-def _learner_of(cb):
-    "The Learner of an objective; raises `ValueError` after it was detached"
+def _trained(cb):
+    "Learner and plain model of an objective; raises `ValueError` after it was detached, or before it was trained"
     if cb.learn is None: raise ValueError(f"This {type(cb).__name__} belongs to no Learner, so it has no network to ask: attach it with learn.add_cb before fit, rather than with fit(cbs=...).")
-    return cb.learn
+    if cb.trained is not (model := plain_model(cb.learn.model)): raise ValueError(f"{type(cb).__name__} was not trained with the model of this Learner: fit first.")
+    return cb.learn,model
 
 @patch
 def get_preds(self:PretextObjective,
     n:int=64 # Unlabelled images
 )->tuple: # Views as they went into the network, probabilities and targets, on the CPU
     "What the head makes of the views of `n` unlabelled images; raises `ValueError` after the callback was detached, or before it was trained"
-    learn = _learner_of(self); model = plain_model(learn.model)
-    if self.trained is not model: raise ValueError(f"{type(self).__name__} was not trained with the model of this Learner: fit first.")
-    layer,res = self.fit_layer,[]
+    (learn,model),layer,res = _trained(self),self.fit_layer,[]
     with eval_mode(model):
         for x in _unlabeled_batches(learn, n):
             with seeded(0, x.device): views,targs = self.make_view(x)
@@ -117,6 +116,31 @@ def show_results(self:PretextObjective,
     _show(_denormalised(views[order], self.learn.dls.valid), titles, ['red' if wrong[i] else 'green' for i in order], **kwargs)
 
 # %% ../nbs/08_show.ipynb #ecadf70e
+def _predicted(p, vocab, task):
+    "What an output says, in words: a class with its probability, all classes that are more probable than not, or numbers"
+    if task=='regression': return [', '.join(f'{v:.3g}' for v in o) for o in p.tolist()]
+    conf,pred = p.max(-1)
+    found = [[(c,o)] for c,o in zip(pred, conf)] if pred.ndim==1 else [[(c,o[c]) for c in q.nonzero()[:,0]] for q,o in zip(pred, conf)]
+    return [', '.join(f'{vocab[c]} ({o:.0%})' for c,o in os) or 'no class' for os in found]
+
+def _vocab(learn, p): return getattr(learn.dls,'vocab',None) or range(p.shape[1])
+
+@patch
+@delegates(get_grid)
+def show_results(self:UnlabeledObjective,
+    max_n:int=8, # Images to show
+    **kwargs
+):
+    "Unlabelled images with what the model predicts of them, and the views that this objective compares with them below, with what it predicts of those"
+    (learn,model),task = _trained(self),self.made_for[0]
+    with eval_mode(model), torch.no_grad():
+        x = torch.cat([*_unlabeled_batches(learn, max_n)])
+        views = torch.cat([v for v,_ in self.titled_views(UnlabeledBatch(x, feature_pass(model), key=partial(random_key, 0)))])
+        out = one_tensor(model(views), self)
+    p = out if task=='regression' else class_probs(out, task)
+    kwargs['ncols'] = kwargs.get('ncols', len(x))
+    _show(_denormalised(views, learn.dls.valid), _predicted(p, _vocab(learn, p), task), **kwargs)
+
 @patch
 @delegates(get_grid)
 def show_results(self:FixMatch,
@@ -124,8 +148,7 @@ def show_results(self:FixMatch,
     **kwargs
 ):
     "Unlabelled images with their pseudo-labels, confidences and thresholds as after the last step, and their strong views below"
-    learn = _learner_of(self); model = plain_model(learn.model)
-    if self.trained is not model: raise ValueError(f"{type(self).__name__} was not trained with the model of this Learner: fit first.")
+    learn,model = _trained(self)
     teacher = self.teacher=='ema' and getattr(first(learn.cbs, risinstance(EMA)),'teacher',None) or model   # after a fit the model holds the averages
     with eval_mode(model):
         x = torch.cat([*_unlabeled_batches(learn, max_n)])
@@ -133,22 +156,19 @@ def show_results(self:FixMatch,
         p = class_probs(teacher(x), self.made_for[0])
     kept = deepcopy(self.kept)   # a look moves no statistics
     if 'align' in kept: p = kept['align'](p)
-    w,(conf,pred) = kept['weighting'](p),p.max(-1)
-    vocab = getattr(learn.dls,'vocab',None) or range(p.shape[1])
-    found = [[(c,o)] for c,o in zip(pred, conf)] if pred.ndim==1 else [[(c,o[c]) for c in q.nonzero()[:,0]] for q,o in zip(pred, conf)]   # one class, or those more probable than not
-    titles = [', '.join(f'{vocab[c]} ({o:.0%})' for c,o in os) or 'no class' for os in found]
+    w,titles = kept['weighting'](p),_predicted(p, _vocab(learn, p), self.made_for[0])
     kwargs['ncols'] = kwargs.get('ncols', len(x))
     _show(_denormalised(torch.cat([x,strong]), learn.dls.valid), titles+['strong view']*len(x), ['black' if o.any() else 'grey' for o in w]+['black']*len(x), **kwargs)
 
 # %% ../nbs/08_show.ipynb #f179ed68
 @patch
 def plot_objectives(self:Recorder)->list: # The two axes
-    "Losses and figures of all objectives over the epochs of the last fit, beside the supervised ones; raises `ValueError` where it had none"
+    "Losses and figures of all objectives over the epochs of the last fit, beside the supervised ones; raises `ValueError` where it had none, or the Recorder was emptied since, as fastai does in `validate` and `get_preds`"
     cbs = [o for o in self.learn.cbs if isinstance(o, UnlabeledObjective)]
     names = list(getattr(self,'metric_names',[]))[1:]
     cols = {n:[math.nan if v[i] is None else float(v[i]) for v in self.values] for i,n in enumerate(names) if self.values and i<len(self.values[0])}
     own = [n.removesuffix('_loss') for n in cols if n.endswith('_loss') and n not in ('train_loss','valid_loss')]
-    if not own: raise ValueError("The Recorder holds no column of an objective: fit with one, such as RotationPretext, first.")
+    if not own: raise ValueError("The Recorder holds no column of an objective: fit with one, such as RotationPretext, and plot before a validate or get_preds empties it.")
     _,axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
     at = range(1, len(self.values)+1)
     for k,v in cols.items():

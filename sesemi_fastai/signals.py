@@ -12,11 +12,12 @@ import signal,sys
 # %% ../nbs/13c_signals.ipynb #13f00006
 def running_fit(
     learn:Learner, # Whose fit is looked for
-    frame=None # Where to begin; the caller by default
+    frame=None, # Where to begin; the caller by default
+    method:str='_do_fit' # Of `Learner`; 'fit' until the callbacks that it was given are removed, too
 ): # A frame, or None
-    "The frame of `Learner._do_fit` of `learn`, where `frame` is within it"
+    "The frame of a fit of `learn`, where `frame` is within it"
     f = frame or sys._getframe(1)
-    while f is not None and not (f.f_code.co_name=='_do_fit' and f.f_locals.get('self') is learn): f = f.f_back
+    while f is not None and not (f.f_code.co_name==method and f.f_locals.get('self') is learn): f = f.f_back
     return f
 
 def on_stack(

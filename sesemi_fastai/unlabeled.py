@@ -161,17 +161,20 @@ def prepare(self:UnlabeledStep):
         if o.teacher=='ema' and not any(isinstance(c, EMA) for c in learn.cbs): raise ValueError(f"{type(o).__name__} needs the averaged weights of EMA for its targets, and this Learner has none: add EMA() to cbs.")
     self.forget_search()
     dl,model = unlabeled_dl(learn),plain_model(learn.model)
-    x = sample_inputs(whole_dl(dl)).as_subclass(Tensor).to(first(model.parameters()).device)
+    inputs,targets = sample_batch(whole_dl(dl)),sample_targets(whole_dl(learn.dls.train))
+    if len(inputs)>1: raise ValueError(f"Objectives take unlabelled images of one input, and those of this Learner have {len(inputs)}: leave {', '.join(o.name for o in objectives)} out.")
+    x = inputs[0].as_subclass(Tensor).to(first(model.parameters()).device)
     with eval_mode(model): out = model(x)
-    for o in objectives if not isinstance(out, Tensor) else []:
-        if o.reads=='classes': raise ValueError(f"{type(o).__name__} reads the output of the model, and {type(model).__name__} gives a {type(out).__name__}, not one tensor: leave {o.name} out.")
+    for o in filter(lambda o: o.reads=='classes', objectives):
+        one_tensor(out, o)
+        if len(targets)>1: raise ValueError(f"{type(o).__name__} takes the whole output of the model for what one target asks, and labelled images have {len(targets)}: leave {o.name} out.")
     layer,needs = None,[o for o in objectives if o.reads=='features']
     if needs:
         mods = dict(model.named_modules())
         given = {mods.get(o.features, o.features) if isinstance(o.features, str) else o.features for o in needs}-{None}
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
-    task,seed = task_of(learn.loss_func, sample_targets(whole_dl(learn.dls.train))),getattr(whole_dl(dl),'seed',None)
+    task,seed = task_of(learn.loss_func, first(targets)),getattr(whole_dl(dl),'seed',None)
     for o in objectives: o.prepare(learn, layer, task, out.shape[-1] if isinstance(out, Tensor) else 0, seed); o.see_data(learn.dls)
     with preserved(x.device):   # views may draw
         for o in objectives: o.check(learn, x)
@@ -180,7 +183,10 @@ def prepare(self:UnlabeledStep):
     self._forward = feature_pass(learn.model, layer)
     if (ddp := wrapped_ddp(learn)) is not None: ddp.require_backward_grad_sync = not self.learning('sequential')   # else by `average_gradients`
     self.probe(whole_dl(dl))
-    if hasattr(learn,'lr_finder'): self._found = {o.name:deepcopy(o.state_dict()) for o in objectives}
+    n = learn.n_epoch*len(learn.dls.train)
+    for o in objectives:
+        if n*o.start_pct>n-1 and not rank_distrib(): warn(f"{o.name} does nothing in this fit of {n} steps, the last of which begins before {o.start_pct:g} of it: train longer, or give a smaller start_pct.")
+    if hasattr(learn,'lr_finder'): self._found = [(o,deepcopy(o.state_dict())) for o in objectives]
 
 _probed = weakref.WeakSet()   # loaders that were looked at
 
@@ -198,7 +204,7 @@ def probe(self:UnlabeledStep,
 def forget_search(self:UnlabeledStep):
     "What `lr_find` did to heads and state is undone, as it undoes what it did to the model"
     found,self._found = self._found,None
-    for o in self.objectives if found else []: o.load_state_dict(found[o.name])
+    for o,state in found or []: o.load_state_dict(state)
 
 @patch
 def next_images(self:UnlabeledStep)->Tensor: # `(B,C,H,W)`

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from fastai.callback.all import GradientAccumulation
 from fastai.vision.all import (Callback,CancelEpochException,CancelFitException,CancelStepException,CancelTrainException,CancelBatchException,DataLoader,DataLoaders,
-    Learner,ProgressCallback,SaveModelCallback,SGD,noop,partial)
+    Learner,OptimWrapper,ProgressCallback,SaveModelCallback,SGD,noop,partial)
 from sesemi_fastai import ema as ema_module
 from sesemi_fastai.ema import EMA,copy_model,plain_model
 
@@ -127,6 +127,17 @@ def test_interrupted(learner, how, own):
     learn.get_preds(); assert same(got, tensors(learn.model))
     del learn.watch.avg; learn.fit(1, .1, cbs=None if own else EMA(.95))     # begins anew, from the averages
     close(tensors(learn.model), learn.watch.avg)
+
+@pytest.mark.parametrize('opt', [torch.optim.SGD,torch.optim.AdamW])
+def test_interrupted_in_the_step(learner, opt):
+    "where the optimizer is torch's own and Ctrl-C comes before its step is over, the averages of the steps before are in the model"
+    learn,ema,then = learner(),EMA(.95),{}
+    learn.opt_func = partial(OptimWrapper, opt=opt); learn.create_opt()
+    def stop(*args):
+        if ema.n_updates==4: then.update(avg=tensors(ema.teacher), raw=tensors(learn.model)); raise KeyboardInterrupt
+    learn.opt.opt.register_step_post_hook(stop)
+    with pytest.raises(KeyboardInterrupt): learn.fit(3, .1, cbs=ema)
+    assert same(tensors(learn.model), then['avg']) and not same(then['avg'], then['raw'])
 
 def test_weights_loaded_after_an_interrupt_stay(learner):
     "an interrupted fit's averages don't replace weights that were changed since"

@@ -190,7 +190,7 @@ def test_bad_archives(capsys, tmp_path, monkeypatch):
     with tarfile.open(tmp_path/'up.tgz', 'w:gz') as t: t.add(tmp_path/'x', '../../x')
     assert 'nothing was written' in command(capsys, tmp_path/'up.tgz', '--out', tmp_path/'out')
 
-@pytest.mark.parametrize('kw,says', [(dict(backward='both'),'joint'), (dict(weight=-1),'weight=-1'), (dict(weight=float('nan')),'weight=nan'), (dict(ramp_pct=2),'ramp_pct=2'), (dict(start_pct=-.1),'start_pct=-0.1'), (dict(start_pct=.7, ramp_pct=.4),'start_pct=0.7 must be between 0 and 0.6')])
+@pytest.mark.parametrize('kw,says', [(dict(backward='both'),'joint'), (dict(weight=-1),'weight=-1'), (dict(weight=float('nan')),'weight=nan'), (dict(ramp_pct=2),'ramp_pct=2'), (dict(start_pct=-.1),'start_pct=-0.1'), (dict(start_pct=1),'start_pct=1'), (dict(start_pct=.7, ramp_pct=.4),'start_pct=0.7 must be at most 0.6')])
 def test_callback_arguments(kw, says):
     with pytest.raises(ValueError, match=says): RotationPretext(**kw)
 

@@ -1,10 +1,10 @@
 "Several objectives together: what one adds to a step doesn't depend on the others"
-import itertools,math
+import itertools,math,warnings
 from functools import partial
 import numpy as np,pytest,torch
 from PIL import Image
 from torch import nn
-from fastai.vision.all import Callback,ConvLayer,Learner,SGD,accuracy
+from fastai.vision.all import BCEWithLogitsLossFlat,Callback,ConvLayer,Datasets,Learner,MSELossFlat,SGD,TensorMultiCategory,accuracy,tensor
 from sesemi_fastai.all import (BarlowTwins,EMA,EntropyMin,FixMatch,JigsawPretext,MeanTeacher,PairedDataLoaders,PiModel,PretextObjective,PseudoLabel,
                                RotationPretext,StepSeed,UnlabeledObjective,VAT)
 
@@ -28,8 +28,8 @@ class FirstGradients(Callback):
             self.learn.grads = {n:p.grad.clone() for n,p in self.model.named_parameters()}
             self.learn.head_grads = {f'{o.name}.{n}':p.grad.clone() for o in self.learn.cbs if isinstance(o, UnlabeledObjective) for n,p in o.fit_heads.named_parameters() if p.grad is not None}
 
-def fitted(dls, *cbs, n=1, lr=1e-2, model=None, **kw):
-    learn = Learner(dls, model or net(), opt_func=partial(SGD, mom=.9), metrics=accuracy, cbs=FirstGradients(), **kw)
+def fitted(dls, *cbs, n=1, lr=1e-2, model=None, metrics=accuracy, **kw):
+    learn = Learner(dls, model or net(), opt_func=partial(SGD, mom=.9), metrics=metrics, cbs=FirstGradients(), **kw)
     with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, cbs=list(cbs))
     return learn
 
@@ -160,7 +160,82 @@ def test_errors(dls):
     for kw,text in ((dict(threshold=1.5),'threshold=1.5'), (dict(threshold=-.1),'threshold=-0.1'), (dict(weighting='flex'),"weighting='flex'"), (dict(align='x'),"align='x'"), (dict(teacher='x'),"teacher='x'")):
         with pytest.raises(ValueError, match=text): FixMatch(**kw)
     with pytest.raises(ValueError, match='threshold=2'): PseudoLabel(threshold=2)
-    with pytest.raises(ValueError, match='eps=0'): VAT(eps=0)
+    for make,text in ((lambda: VAT(eps=0),'eps=0'), (lambda: VAT(n_power=1.5),'n_power=1.5'), (lambda: BarlowTwins(n_proj=0),'n_proj=0'), (lambda: BarlowTwins(n_proj=2.5),'n_proj=2.5'), (lambda: BarlowTwins(lam=-1),'lam=-1'), (lambda: FixMatch(fairness=-1),'fairness=-1'), (lambda: FixMatch(start_pct=1),'start_pct=1')):
+        with pytest.raises(ValueError, match=text): make()
+
+def test_the_loss_is_named(dls):
+    "a loss for numbers is called what the user knows it by"
+    for loss,name in ((MSELossFlat(),'MSELoss'), (nn.L1Loss(),'L1Loss')):
+        with pytest.raises(ValueError, match=f'this Learner, {name}, is for numbers'): fitted(dls, EntropyMin(), loss_func=loss)
+
+class Aux(nn.Sequential):
+    "With a second output in training alone, as Inception has it"
+    def forward(self, x): out = super().forward(x); return (out,out) if self.training else out
+def first_of(p, t): return nn.functional.cross_entropy(p[0] if isinstance(p, tuple) else p, t)
+
+@pytest.mark.parametrize('name', family)
+def test_a_second_output_in_training_alone(dls, name):
+    "what reads classes says so; what reads features trains"
+    go = lambda: fitted(dls, *family[name](), model=Aux(*net()), loss_func=first_of)
+    if name in ('rotation','rotation_one','jigsaw','barlow_twins'): assert go().recorder.values[0][2]<math.inf
+    else:
+        with pytest.raises(ValueError, match='is a tuple and not one tensor: leave'): go()
+
+def paired_items(n_inp, tfms):
+    "Images of one size behind several pipelines, in pairs of loaders"
+    rng = np.random.default_rng(0); pics = [torch.tensor(rng.random((3,32,32)), dtype=torch.float32) for _ in range(12)]
+    dsets = Datasets(range(12), [[lambda i: pics[i]]]*n_inp+tfms, n_inp=n_inp, splits=(range(8),range(8,12)))
+    return PairedDataLoaders.from_dls(dsets.dataloaders(bs=4, num_workers=0, device='cpu'), range(12), unlabeled_bs=4, seed=0)
+
+def test_two_targets():
+    "one output of several meanings: what reads it as one kind is refused, what reads features trains"
+    data = paired_items(1, [[lambda o: tensor(o%2)],[lambda o: tensor(float(o))]])
+    loss = lambda p,c,v: nn.functional.cross_entropy(p, c)+(p[:,1]-v).square().mean()
+    for cb in (FixMatch(),PiModel()):
+        with pytest.raises(ValueError, match='what one target asks, and labelled images have 2'): Learner(data, net(), loss_func=loss).fit(1, cbs=cb)
+    learn = Learner(data, net(), loss_func=loss)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=RotationPretext())
+
+def test_two_inputs():
+    "no objective trains on half of an image"
+    class Both(nn.Sequential):
+        def forward(self, a, b=None): return super().forward(a)
+    for cb in (FixMatch(),RotationPretext()):
+        with pytest.raises(ValueError, match='of one input, and those of this Learner have 2: leave '+cb.name): Learner(paired_items(2, [[lambda o: tensor(o%2)]]), Both(*net()), loss_func=nn.functional.cross_entropy).fit(1, cbs=cb)
+
+def test_several_classes_by_the_labels():
+    "labels tell that an image may have several classes where the loss is one's own function; its bits are those of fastai's loss"
+    def losses(loss):
+        data = paired_items(1, [[lambda o: TensorMultiCategory([float(o%2),1.])]])
+        return fitted(data, PiModel(ramp_pct=0), FixMatch(threshold=.5), loss_func=loss, metrics=[]).recorder.values[0][3:]
+    def own(p, t): return nn.functional.binary_cross_entropy_with_logits(p, t)
+    assert losses(own)==losses(BCEWithLogitsLossFlat())
+
+def test_search_that_broke_off(dls):
+    "after Ctrl-C in `lr_find` a fit with a further objective runs, and heads begin where they were before the search"
+    cb = RotationPretext(); learn = Learner(dls, net(), cbs=cb); seen = {}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    before = {k:v.clone() for k,v in cb.fit_heads.state_dict().items()}
+    class Break(Callback):
+        run_valid = False
+        def after_batch(self):
+            if self.train_iter==2: raise KeyboardInterrupt
+    class Look(Callback):
+        order,run_valid = 100,False
+        def before_batch(self): seen.setdefault('head', {k:v.clone() for k,v in cb.fit_heads.state_dict().items()})
+    with learn.no_bar(), learn.no_logging():
+        learn.add_cb(b := Break())
+        with pytest.raises(KeyboardInterrupt): learn.lr_find(show_plot=False, start_lr=1.)
+        assert not equal(before, cb.fit_heads.state_dict())
+        learn.remove_cb(b); learn.fit(1, .01, cbs=[FixMatch(),Look()])
+    assert equal(before, seen['head'])
+
+def test_an_objective_that_never_begins(dls):
+    "a warning, in a fit whose last step comes too early; none where one step is left"
+    for start,some in ((.7,True), (.6,False)):   # three steps, at 0, 1/3 and 2/3
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always'); learn = fitted(dls, FixMatch(start_pct=start))
+        assert any('fixmatch does nothing in this fit of 3 steps' in str(o.message) for o in said)==some==math.isnan(learn.recorder.values[0][3])
 
 def test_teacher_without_its_name(dls):
     "the Learner's `EMA` is the teacher also where fastai took away its name, with another that was refused"
