@@ -168,7 +168,7 @@ def sesemi_imagewang(
     epochs:int=None, # Passes over the unlabelled images [80; sample 4]
     arch:str=None, # resnet10, resnet10_WIDTH, a classifier of torchvision, an xresnet of fastai such as xresnet18 or xresnet18_silu, or timm:NAME [resnet50; best xresnet50_silu; sample resnet10_32]
     unlabeled_bs:int=None, # Unlabelled images a step [32; sample 64]
-    bs:int=None, # Labelled images a step [four times the unlabelled ones, best as many; or as many as there are]
+    bs:int=None, # Labelled images a step [four times --unlabeled_bs, best as many; or as many as there are]
     labels_per_class:int=None, # Labelled images of each class, the first by name; the others are in the unlabelled pool [all; sample 2]
     runs:int=None, # Runs, with seeds that follow each other [1; sample 2]
     seed:int=0, # Seed of the first run

@@ -41,7 +41,7 @@ class RunConfig:
     epochs:int=80               # Passes over the unlabelled pool
     arch:str=None               # See `get_arch`; this and what else is None here is by default what the recipe says
     unlabeled_bs:int=32         # Unlabelled images a step
-    bs:int=None                 # Labelled images a step; by default four times the unlabelled ones, for 'best' as many, or as many as there are
+    bs:int=None                 # Labelled images a step; by default four times `unlabeled_bs`, for 'best' as many, or as many as there are
     labels_per_class:int=None   # Labelled images of each class, the first by name; all by default
     dropout:float=None          # Rate before the classifier
     opt:str=None                # See `get_opt_func`
