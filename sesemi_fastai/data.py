@@ -61,7 +61,7 @@ class PairedDataLoaders(DataLoaders):
     def from_dls(cls,
         dls:DataLoaders, # With labelled `train` and `valid` loaders; they stay as they are
         items, # Unlabelled items in any form that `dls.test_dl` takes: files or their names, in a list or an array, a DataFrame such as the labelled one, or a folder of images
-        unlabeled_bs:int=None, # Unlabelled images a step; a quarter of the labelled batch by default
+        unlabeled_bs:int=None, # Unlabelled images a step; by default a quarter of the labelled batch, 2 at least, or as many as there are
         seed:int=None, # Of order and augmentation; drawn from torch's generator by default
         n_steps:int=None, # Batches in an epoch; one pass over the larger stream by default
         num_workers:int=None, # Worker processes; those of `dls.train` by default
@@ -77,7 +77,7 @@ class PairedDataLoaders(DataLoaders):
         if seed is None: seed = torch.randint(2**31, (1,)).item()
         with preserved(train.device):
             n,m = len(order(seed)) if order else train.n,len(items)
-            bs,ubs = _fit_bs(train.bs, n, 'labelled', verbose),_fit_bs(unlabeled_bs or max(1, train.bs//4), m, 'unlabelled', verbose)
+            bs,ubs = _fit_bs(train.bs, n, 'labelled', verbose),_fit_bs(unlabeled_bs or max(2, train.bs//4), m, 'unlabelled', verbose)
             nw = ifnone(num_workers, train.fake_l.num_workers)
             kw = dict(cls=StreamDL, seed=seed, shuffle=True, drop_last=True, n_steps=n_steps, pass_of=max((n,bs), (m,ubs), key=lambda o: o[0]//o[1]), bad=bad)
             labeled = train.new(stream='labeled', num_workers=nw, bs=bs, n=train.n, order=order, **kw)

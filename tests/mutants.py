@@ -83,6 +83,7 @@ mutants = [
     M('streams', "(place*self.n+items[:steps*self.bs])", "(self.epoch*self.n+items[:steps*self.bs])", 'streams'),
     M('streams', "try: read_rgb(file)", "try: pass", 'test_use.py::test_truncated_image_in_a_pipeline_of_the_user'),
     M('data', "_fit_bs(bs or rec.n_labeled*unlabeled_bs,", "_fit_bs(bs or unlabeled_bs,", 'data'),
+    M('data', "max(2, train.bs//4)", "max(1, train.bs//4)", 'data'),
     M('data', "rec.n_labeled*unlabeled_bs,", "rec.n_labeled*ubs,", 'data'),
     M('data', ".type=='cpu': return 0", ".type=='cpu': pass", 'data'),
     M('folders', "folder = os.path.dirname(o)", "folder = None", 'folders'),
