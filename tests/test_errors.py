@@ -129,7 +129,26 @@ def test_interrupt_outside_training(folder, capsys, tmp_path, monkeypatch):
     def interrupt(*args): raise KeyboardInterrupt
     monkeypatch.setattr('sesemi_fastai.imagewang.seconds_per_step', interrupt)
     with pytest.raises(SystemExit) as e: imagewang_command([str(folder),'--out',str(tmp_path/'out'),'--size','32','--arch','resnet10_16','--unlabeled_bs','2','--num_workers','0'])
-    err = capsys.readouterr().err.strip(); assert e.value.code==130 and len(err.splitlines())==1 and not (tmp_path/'out').exists()
+    err = capsys.readouterr().err.strip(); assert e.value.code==130 and err=='sesemi_imagewang: interrupted; the same command starts again.' and not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('where', ['train_run','write_report'])
+def test_interrupt_once_something_is_finished(folder, capsys, tmp_path, monkeypatch, where):
+    "Between two runs, or while the report is written: the command that is printed goes on, and trains nothing twice"
+    import shlex,sesemi_fastai.imagewang as module
+    real,calls = getattr(module, where),[]
+    def interrupted(*args, **kw):
+        calls.append(args)
+        if where=='train_run' and len(calls)==1: return real(*args, **kw)
+        raise KeyboardInterrupt
+    args = [str(o) for o in (folder,'--size',32,'--arch','resnet10_8','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--runs',2,'--out',tmp_path/'my out')]
+    with monkeypatch.context() as m:
+        m.setattr(module, where, interrupted)
+        with pytest.raises(SystemExit) as e: imagewang_command(args)
+    err = capsys.readouterr().err.strip(); said,_,command = err.partition(' To go on: ')
+    assert e.value.code==130 and said=='sesemi_imagewang: Interrupted.' and '\n' not in err, err
+    before = {o:o.stat().st_mtime_ns for o in (tmp_path/'my out').rglob('results.json')}; assert len(before)==(1 if where=='train_run' else 2)
+    imagewang_command(shlex.split(command)[1:])
+    assert (tmp_path/'my out/report.html').exists() and capsys.readouterr().out.count('finished already')==len(before) and {o:o.stat().st_mtime_ns for o in before}==before
 
 @pytest.mark.skipif(os.name=='nt', reason='signals')
 def test_interrupt_while_importing(tmp_path):
