@@ -194,7 +194,7 @@ def sesemi_imagewang(
     cache:str=None, # Folder for decoded images of every recipe but the reference, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
     extra:str=None, # How to use classes of train that val doesn't have: labels, as further labelled classes; images, as unlabelled images; or both [left out, as published]
-    steps:int=None, # Stop each epoch after so many steps, for trials
+    steps:int=None, # Steps of an epoch, in the place of one pass, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     deterministic:bool=False, # The same bits each time on a GPU too, at some cost in time
     objective:str=None, # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)' [rotation; best 'rotation(views=one)+fixmatch(start_pct=.7,threshold=.7)'; sample 'fixmatch(threshold=.8,bn=batch)']

@@ -55,7 +55,7 @@ class RunConfig:
     recipe:str='reference'      # See `recipes`
     val_in_pool:bool=True       # Whether validation images are among the unlabelled ones
     extra:str=None              # How to use classes of `train` that `val` doesn't have, see `PairedDataLoaders.from_folder`; left out by default
-    steps:int=None              # Steps an epoch, for trials; one pass by default
+    steps:int=None              # Steps of an epoch, in the place of one pass, for trials
     bf16:bool=False             # bfloat16 autocast
     objective:str=None          # What is asked of unlabelled images, see `parse_objectives`
     ema:float=None              # Decay of averaged weights, see `EMA`; of the baseline too; none by default
