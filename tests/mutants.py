@@ -97,6 +97,7 @@ mutants = [
     M('data', "    res.n_inp = len(res.tls)\n", "", 'test_use.py::test_models_with_two_inputs', 'a stream is told from a loader with labels by its class; fastai shows a batch by it'),
     M('data', "v2.Compose([ImageOps.exif_transpose, to_rgb, pic[0].plain])", "v2.Compose([ImageOps.exif_transpose, v2.RGB(), pic[0].plain])", 'test_use.py::test_exports_read_as_training_does'),
     M('data', "unlabeled, *rest, path=", "unlabeled, path=", 'test_use.py::test_a_test_set_is_not_trained_on'),
+    M('folders', "put the unlabelled images there (an empty folder will do), or in Python name", "name", 'test_errors.py::test_folder_without_unlabelled_images'),
     M('folders', "if os.path.abspath(o) not in skip]", "if os.path.abspath(o) in skip]", 'folders'),
     M('data', "ImageTransform(rec.valid, 1, rec.plain)", "ImageTransform(rec.train, 1, rec.plain)", 'data learner'),
     M('samples', "isinstance(whole, StreamDL) or len(sample_batch(whole))==1", "True", 'samples'),

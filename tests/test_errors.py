@@ -39,6 +39,17 @@ def test_fit_without_unlabelled_images(folder):
     learn = Learner(DataLoaders(dls.train, dls.valid), resnet18(num_classes=2))
     with pytest.raises(ValueError, match='PairedDataLoaders.from_dls'): quiet(learn, 1, cbs=[RotationPretext(), NoStep()])
 
+def test_folder_without_unlabelled_images(folder, capsys, tmp_path):
+    "It is named, with what to do on the command line as in Python; an empty one will do, as is said"
+    shutil.rmtree(folder/'unsup')
+    args = [str(o) for o in (folder,'--size',32,'--arch','resnet10_8','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'out')]
+    said = f"{folder/'unsup'} is no folder: put the unlabelled images there (an empty folder will do), or in Python name others with unlabeled=(...)."
+    assert command(capsys, *args)==f'sesemi_imagewang: {said}'
+    with pytest.raises(FileNotFoundError) as e: paired(folder)
+    assert str(e.value)==said
+    assert len(paired(folder, unlabeled=('train','val')).unlabeled.dataset)==24
+    (folder/'unsup').mkdir(); imagewang_command(args); assert '16 labelled, 24 unlabelled' in capsys.readouterr().out
+
 def test_model_without_a_place_for_the_head(folder):
     learn = Learner(paired(folder, size=64), squeezenet1_0(num_classes=2))
     with pytest.raises(ValueError, match='SqueezeNet.*features='): quiet(learn, 1, cbs=[RotationPretext(), NoStep()])
