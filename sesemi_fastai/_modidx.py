@@ -81,6 +81,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'sesemi_fastai/batchnorm.py'),
                                          'sesemi_fastai.batchnorm.around_next_pass.remove': ( 'batchnorm.html#around_next_pass.remove',
                                                                                               'sesemi_fastai/batchnorm.py'),
+                                         'sesemi_fastai.batchnorm.batchnorm_advice': ( 'batchnorm.html#batchnorm_advice',
+                                                                                       'sesemi_fastai/batchnorm.py'),
                                          'sesemi_fastai.batchnorm.batchnorms': ('batchnorm.html#batchnorms', 'sesemi_fastai/batchnorm.py'),
                                          'sesemi_fastai.batchnorm.bn_groups': ('batchnorm.html#bn_groups', 'sesemi_fastai/batchnorm.py'),
                                          'sesemi_fastai.batchnorm.bn_policy': ('batchnorm.html#bn_policy', 'sesemi_fastai/batchnorm.py'),

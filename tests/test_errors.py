@@ -112,6 +112,18 @@ def test_the_mended_command_works(folder, capsys, tmp_path, monkeypatch):
     err = capsys.readouterr().err.strip(); assert err.startswith('sesemi_imagewang: interrupted') and len(err.splitlines())==1
     imagewang_command(args); assert (tmp_path/'a/out/report.html').exists()
 
+one_image = [(['--bs',1],2,'plan'), (['--recipe','best','--unlabeled_bs',1],2,'plan'), (['--recipe','best','--bs',1,'--size',40],2,'training'), (['--bs',2,'--bn_groups',2],4,'training')]   # images grow to 40, or halves are normalised apart
+
+@pytest.mark.parametrize('args,least,when', one_image)
+def test_labelled_batch_of_one(folder, capsys, tmp_path, args, least, when):
+    "Which BatchNorm can't normalise where a channel has one value: one sentence in the plan's timing and in training, and nothing is left behind; with the batch that it asks for the command works"
+    usual = [folder,'--size',32,'--arch','resnet10_8','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--cache','none','--out',tmp_path/'out']
+    with pytest.raises(SystemExit) as e: imagewang_command([str(o) for o in [*usual,*args]])
+    said = capsys.readouterr()
+    assert e.value.code==2 and said.err.strip()==f"sesemi_imagewang: BatchNorm can't normalise one labelled image by its own statistics: use a bs of {least} or more."
+    assert ('run-0' in said.out)==(when=='training') and not (tmp_path/'out').exists()
+    imagewang_command([str(o) for o in [*usual,*args,'--bs',least,'--unlabeled_bs',2]])
+
 def test_home_that_cannot_be_written(folder, capsys, tmp_path, monkeypatch):
     from fastai.data.external import fastai_cfg
     monkeypatch.setenv('FASTAI_HOME', '/proc/none'); fastai_cfg.cache_clear()
