@@ -87,7 +87,7 @@ def run_command(
             with _interrupt_afterwards(): f = getattr(importlib.import_module(f'sesemi_fastai.{f.partition(":")[0]}'), f.partition(':')[2])
         _call(f, args)
     except KeyboardInterrupt as e:   # `TrainingStopped` is one, which has a signal
-        leave(128+getattr(e,'signal',2), _sentence(e) if str(e) else 'interrupted before anything was finished; the same command starts again.')
+        leave(128+getattr(e,'signal',2), _sentence(e) if str(e) else 'interrupted; the same command starts again.')
     except (ValueError, OSError, ImportError, MemoryError) as e: leave(2, _sentence(e))
 
 imagewang_words = dict(leaderboard='entry:sesemi_leaderboard')   # First words of `sesemi_imagewang` that call another command; a folder of that name is ./leaderboard

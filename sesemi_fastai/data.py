@@ -61,7 +61,7 @@ class PairedDataLoaders(DataLoaders):
     def from_dls(cls,
         dls:DataLoaders, # With labelled `train` and `valid` loaders; they stay as they are
         items, # Unlabelled items in any form that `dls.test_dl` takes: files or their names, in a list or an array, a DataFrame such as the labelled one, or a folder of images
-        unlabeled_bs:int=None, # Unlabelled images a step; a quarter of the labelled batch by default
+        unlabeled_bs:int=None, # Unlabelled images a step; by default a quarter of the labelled batch, 2 at least, or as many as there are
         seed:int=None, # Of order and augmentation; drawn from torch's generator by default
         n_steps:int=None, # Batches in an epoch; one pass over the larger stream by default
         num_workers:int=None, # Worker processes; those of `dls.train` by default
@@ -77,7 +77,7 @@ class PairedDataLoaders(DataLoaders):
         if seed is None: seed = torch.randint(2**31, (1,)).item()
         with preserved(train.device):
             n,m = len(order(seed)) if order else train.n,len(items)
-            bs,ubs = _fit_bs(train.bs, n, 'labelled', verbose),_fit_bs(unlabeled_bs or max(1, train.bs//4), m, 'unlabelled', verbose)
+            bs,ubs = _fit_bs(train.bs, n, 'labelled', verbose),_fit_bs(unlabeled_bs or max(2, train.bs//4), m, 'unlabelled', verbose)
             nw = ifnone(num_workers, train.fake_l.num_workers)
             kw = dict(cls=StreamDL, seed=seed, shuffle=True, drop_last=True, n_steps=n_steps, pass_of=max((n,bs), (m,ubs), key=lambda o: o[0]//o[1]), bad=bad)
             labeled = train.new(stream='labeled', num_workers=nw, bs=bs, n=train.n, order=order, **kw)
@@ -169,7 +169,7 @@ def from_folder(cls:PairedDataLoaders,
     unlabeled:tuple=('train','val','unsup'), # Folders of unlabelled images, searched at any depth, their labels never read
     size:int=224, # Side of the training crop, in pixels
     unlabeled_bs:int=32, # Unlabelled images a step, or as many as there are
-    bs:int=None, # Labelled images a step; by default 4 × `unlabeled_bs`, or what else the recipe says, or as many as there are
+    bs:int=None, # Labelled images a step; by default 4 × the `unlabeled_bs` asked for, or what else the recipe says, or as many as there are
     recipe:str='reference', # Augmentation, and what `sesemi_learner` takes where nothing else is said: one of `recipes`
     seed:int=None, # Of order and augmentation; drawn from torch's generator by default
     num_workers:int=None, # Worker processes of the labelled stream, and for the unlabelled one a share by its batch; one a core by default, none on a CPU
@@ -205,7 +205,7 @@ def from_folder(cls:PairedDataLoaders,
     pics = [ReadImage(read), ImageTransform(rec.train, 0), ImageTransform(rec.valid, 1, rec.plain)]
     dsets = Datasets(files.labeled+files.valid, [pics, [files.label, Categorize(vocab=files.vocab, sort=False)]], splits=splits)
     ubs = _fit_bs(unlabeled_bs, len(files.unlabeled), 'unlabelled', verbose)
-    bs = _fit_bs(bs or rec.n_labeled*ubs, n, 'labelled', verbose)
+    bs = _fit_bs(bs or rec.n_labeled*unlabeled_bs, n, 'labelled', verbose)
     kw = dict(bs=bs, val_bs=val_bs or bs, path=files.path, device=device, num_workers=num_workers, after_batch=rec.after_batch)
     with preserved(ifnone(device, default_device())): dls = dsets.weighted_dataloaders(_half_extra(files), **kw) if files.extra else dsets.dataloaders(**kw)
     res = cls.from_dls(dls, files.unlabeled, unlabeled_bs=ubs, seed=seed, n_steps=n_steps, bad=bad)

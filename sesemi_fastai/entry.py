@@ -150,8 +150,10 @@ def sesemi_leaderboard(
     opts = inspect.signature(sesemi_imagewang).bind(**row_options(**given)); opts.apply_defaults(); opts = opts.arguments
     mine = {k:v for k,v in given.items() if k in inspect.signature(sesemi_leaderboard).parameters}|dict(data=opts['data'], out=opts['out'])
     command = command_line(sesemi_leaderboard, mine)
-    out = imagewang_runs(opts, lambda _: command, check_row)
-    if rank_distrib(): return
+    imagewang_runs(opts, lambda _: command, partial(_write_entry, command=command, link=link), check_row)
+
+def _write_entry(out, command, link):
+    "Write the report of the runs in `out` and the text, and print it"
     link = link or code_link([o.results for o in read_runs(out)], repository_address())
     write_report(out, link)
     text = entry_text(out, command, link)

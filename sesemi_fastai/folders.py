@@ -111,7 +111,7 @@ def split_folder(
     if extra not in (None,'labels','images','both'): raise ValueError(f"extra={extra!r} isn't known: use 'labels', 'images' or 'both'.")
     if extra and not left_out: raise ValueError(f"extra={extra!r} is for classes that only {path/train} has, and {path/valid} has them all: leave it out.")
     for nm in ([unlabeled] if isinstance(unlabeled,str) else unlabeled):
-        folder = _need_dir(path/nm, f"name the folders of unlabelled images with unlabeled=(...)")
+        folder = _need_dir(path/nm, "put the unlabelled images there (an empty folder will do), or in Python name others with unlabeled=(...)")
         pool.update(dict.fromkeys(find_images(folder, left_out if Path(nm)==Path(train) else ())))
     if extra in ('images','both'): pool.update((o,None) for k in left_out for o in tr[k])
     further = tuple(left_out) if extra in ('labels','both') else ()

@@ -16,6 +16,7 @@ from .images import *
 from .distributed import *
 from .randomness import *
 from .data import *
+from .batchnorm import *
 from .step import *
 from .objective_text import *
 from .augment import *
@@ -58,7 +59,7 @@ def seconds_per_step(
     def done(): first(model.parameters()).grad.sum().item(); return time.time()   # what was asked of a device is done
     for _ in range(3):
         start = time.time()
-        with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16): learn.loss_func(model(xb), yb).backward()
+        with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16), batchnorm_advice(max(1, num_distrib())): learn.loss_func(model(xb), yb).backward()
         middle = done()
         if passes:
             with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16): model(ub[0].repeat(4,1,1,1)).float().square().mean().backward()
@@ -130,13 +131,23 @@ def check_finished(
             r = finished_results(replace(cfg, seed=seed), out/f'{kind}-{seed}', kind=='baseline')
             if r and r['dataset']!=cfg.dataset: raise ValueError(f"{printable(out)} holds a finished run on {printable(r['dataset'])}, and this one is on {printable(cfg.dataset)}: name another folder with --out.")
 
+def _runs_in(out): return [*Path(out).glob('run-*'), *Path(out).glob('baseline-*')]
+
+@contextmanager
+def _says_how_to_go_on(out, command):
+    "An interrupt outside a fit, which says it itself, tells how to go on where `out` holds runs"
+    try: yield
+    except KeyboardInterrupt as e:
+        if str(e) or not _runs_in(out): raise
+        raise KeyboardInterrupt(f"Interrupted. To go on: {command}") from e
+
 def check_out(
     out:str|Path, # Folder for results
     resume:bool=False # Whether it may hold runs already
 )->Path:
     "`out`, which isn't made yet; raises where it can't be written, or holds runs, which are never overwritten"
     out = Path(out)
-    if not resume and [*out.glob('run-*'), *out.glob('baseline-*')]: raise FileExistsError(f"--out {printable(out)} holds runs already, which are never overwritten: name another folder, go on with --resume, or use --report to rebuild their report.")
+    if not resume and _runs_in(out): raise FileExistsError(f"--out {printable(out)} holds runs already, which are never overwritten: name another folder, go on with --resume, or use --report to rebuild their report.")
     check_writable(out)
     return out
 
@@ -168,7 +179,7 @@ def sesemi_imagewang(
     epochs:int=None, # Passes over the unlabelled images [80; sample 4]
     arch:str=None, # resnet10, resnet10_WIDTH, a classifier of torchvision, an xresnet of fastai such as xresnet18 or xresnet18_silu, or timm:NAME [resnet50; best xresnet50_silu; sample resnet10_32]
     unlabeled_bs:int=None, # Unlabelled images a step [32; sample 64]
-    bs:int=None, # Labelled images a step [four times the unlabelled ones, best as many; or as many as there are]
+    bs:int=None, # Labelled images a step [four times --unlabeled_bs, best as many; or as many as there are]
     labels_per_class:int=None, # Labelled images of each class, the first by name; the others are in the unlabelled pool [all; sample 2]
     runs:int=None, # Runs, with seeds that follow each other [1; sample 2]
     seed:int=0, # Seed of the first run
@@ -184,7 +195,7 @@ def sesemi_imagewang(
     cache:str=None, # Folder for decoded images of every recipe but the reference, 'none' to decode each time [fastai's data folder]
     no_val:bool=False, # Keep val out of the unlabelled pool; always for the sample
     extra:str=None, # How to use classes of train that val doesn't have: labels, as further labelled classes; images, as unlabelled images; or both [left out, as published]
-    steps:int=None, # Stop each epoch after so many steps, for trials
+    steps:int=None, # Steps of an epoch, in the place of one pass, for trials
     bf16:bool=False, # Train in bfloat16 autocast
     deterministic:bool=False, # The same bits each time on a GPU too, at some cost in time
     objective:str=None, # What is asked of unlabelled images: names joined by +, with parameters in brackets, as in 'rotation+fixmatch(threshold=.7,weight=2)' [rotation; best 'rotation(views=one)+fixmatch(start_pct=.7,threshold=.7)'; sample 'fixmatch(threshold=.8,bn=batch)']
@@ -205,24 +216,26 @@ def sesemi_imagewang(
     "Train SESEMI on Imagewang, or on data of its shape, and report as fastai's leaderboard asks"
     args = dict(locals())
     if report: return print(write_report(out or '.', link, class_names))
-    out = imagewang_runs(args, lambda out: command_line(sesemi_imagewang, args|dict(out=str(out), resume=True)))
-    if not rank_distrib(): print('\n'+write_report(out, link, class_names)+f'\nReport: {out}/report.html; weights and histories beside it')
+    def finish(out): print('\n'+write_report(out, link, class_names)+f'\nReport: {out}/report.html; weights and histories beside it')
+    imagewang_runs(args, lambda out: command_line(sesemi_imagewang, args|dict(out=str(out), resume=True)), finish)
 
 def imagewang_runs(
     args:dict, # Each parameter of `sesemi_imagewang`
     command, # From the folder of the results to the command that goes on after a signal
+    finish, # Called with that folder at the end, in the first process
     check=noop # Called with the `RunConfig` and the data before anything is trained; it may raise
-)->Path: # Folder of the results
-    "Print the plan, and train every run"
+):
+    "Print the plan, train every run, and finish"
     data,out,resume = args['data'],args['out'],args['resume']
     cfg,runs,baseline = _config(args),ifnone(args['runs'], 2 if data=='sample' else 1),args['baseline'] or data=='sample'
     cfg = replace(cfg, data=str(local_first(get_data, data)))
     out = from_rank0(lambda: check_out(out or f"runs/{cfg.dataset.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}", resume))
-    with deterministic_algorithms(cfg.deterministic):   # what the plan measures, too
-        dls = cfg.dls(); check(cfg, dls); check_finished(cfg, out, runs)
-        if not rank_distrib(): print(run_plan(cfg, dls, runs, baseline, args['class_names']), f"Results    {out}", sep='\n', flush=True)
-    train_all(cfg, out, runs, baseline, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=args['save_every'], command=command(out))
-    return out
+    with _says_how_to_go_on(out, command(out)):
+        with deterministic_algorithms(cfg.deterministic):   # what the plan measures, too
+            dls = cfg.dls(); check(cfg, dls); check_finished(cfg, out, runs)
+            if not rank_distrib(): print(run_plan(cfg, dls, runs, baseline, args['class_names']), f"Results    {out}", sep='\n', flush=True)
+        train_all(cfg, out, runs, baseline, plain=not (sys.stdout.isatty() or IN_NOTEBOOK), resume=resume, save_every=args['save_every'], command=command(out))
+        if not rank_distrib(): finish(out)
 
 def _config(args):
     "Options as a `RunConfig`; raises for what can be known to be wrong before anything is read, fetched or made"

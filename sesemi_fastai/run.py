@@ -14,6 +14,7 @@ from .images import *
 from .streams import *
 from .distributed import *
 from .data import *
+from .batchnorm import *
 from .step import *
 from .learner import *
 from .augment import *
@@ -41,7 +42,7 @@ class RunConfig:
     epochs:int=80               # Passes over the unlabelled pool
     arch:str=None               # See `get_arch`; this and what else is None here is by default what the recipe says
     unlabeled_bs:int=32         # Unlabelled images a step
-    bs:int=None                 # Labelled images a step; by default four times the unlabelled ones, for 'best' as many, or as many as there are
+    bs:int=None                 # Labelled images a step; by default four times `unlabeled_bs`, for 'best' as many, or as many as there are
     labels_per_class:int=None   # Labelled images of each class, the first by name; all by default
     dropout:float=None          # Rate before the classifier
     opt:str=None                # See `get_opt_func`
@@ -55,7 +56,7 @@ class RunConfig:
     recipe:str='reference'      # See `recipes`
     val_in_pool:bool=True       # Whether validation images are among the unlabelled ones
     extra:str=None              # How to use classes of `train` that `val` doesn't have, see `PairedDataLoaders.from_folder`; left out by default
-    steps:int=None              # Steps an epoch, for trials; one pass by default
+    steps:int=None              # Steps of an epoch, in the place of one pass, for trials
     bf16:bool=False             # bfloat16 autocast
     objective:str=None          # What is asked of unlabelled images, see `parse_objectives`
     ema:float=None              # Decay of averaged weights, see `EMA`; of the baseline too; none by default
@@ -203,7 +204,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
     cbs = [saver, StopDiverged(), *([HistoryFile(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
         try:
-            with on_processes(learn, sync_bn=cfg.bn_groups==1): cfg.fit(learn, cbs)
+            with batchnorm_advice(ifnone(cfg.bn_groups, cfg.processes)), on_processes(learn, sync_bn=cfg.bn_groups==1): cfg.fit(learn, cbs)
             check_finite(learn.model)
         except DivergedError as e:
             if first_process: write_json(folder/'failed.json', dict(message=str(e), settings=cfg.settings(baseline), versions=versions(), commit=commit))

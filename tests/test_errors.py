@@ -39,6 +39,17 @@ def test_fit_without_unlabelled_images(folder):
     learn = Learner(DataLoaders(dls.train, dls.valid), resnet18(num_classes=2))
     with pytest.raises(ValueError, match='PairedDataLoaders.from_dls'): quiet(learn, 1, cbs=[RotationPretext(), NoStep()])
 
+def test_folder_without_unlabelled_images(folder, capsys, tmp_path):
+    "It is named, with what to do on the command line as in Python; an empty one will do, as is said"
+    shutil.rmtree(folder/'unsup')
+    args = [str(o) for o in (folder,'--size',32,'--arch','resnet10_8','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--out',tmp_path/'out')]
+    said = f"{folder/'unsup'} is no folder: put the unlabelled images there (an empty folder will do), or in Python name others with unlabeled=(...)."
+    assert command(capsys, *args)==f'sesemi_imagewang: {said}'
+    with pytest.raises(FileNotFoundError) as e: paired(folder)
+    assert str(e.value)==said
+    assert len(paired(folder, unlabeled=('train','val')).unlabeled.dataset)==24
+    (folder/'unsup').mkdir(); imagewang_command(args); assert '16 labelled, 24 unlabelled' in capsys.readouterr().out
+
 def test_model_without_a_place_for_the_head(folder):
     learn = Learner(paired(folder, size=64), squeezenet1_0(num_classes=2))
     with pytest.raises(ValueError, match='SqueezeNet.*features='): quiet(learn, 1, cbs=[RotationPretext(), NoStep()])
@@ -101,6 +112,18 @@ def test_the_mended_command_works(folder, capsys, tmp_path, monkeypatch):
     err = capsys.readouterr().err.strip(); assert err.startswith('sesemi_imagewang: interrupted') and len(err.splitlines())==1
     imagewang_command(args); assert (tmp_path/'a/out/report.html').exists()
 
+one_image = [(['--bs',1],2,'plan'), (['--recipe','best','--unlabeled_bs',1],2,'plan'), (['--recipe','best','--bs',1,'--size',40],2,'training'), (['--bs',2,'--bn_groups',2],4,'training')]   # images grow to 40, or halves are normalised apart
+
+@pytest.mark.parametrize('args,least,when', one_image)
+def test_labelled_batch_of_one(folder, capsys, tmp_path, args, least, when):
+    "Which BatchNorm can't normalise where a channel has one value: one sentence in the plan's timing and in training, and nothing is left behind; with the batch that it asks for the command works"
+    usual = [folder,'--size',32,'--arch','resnet10_8','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--cache','none','--out',tmp_path/'out']
+    with pytest.raises(SystemExit) as e: imagewang_command([str(o) for o in [*usual,*args]])
+    said = capsys.readouterr()
+    assert e.value.code==2 and said.err.strip()==f"sesemi_imagewang: BatchNorm can't normalise one labelled image by its own statistics: use a bs of {least} or more."
+    assert ('run-0' in said.out)==(when=='training') and not (tmp_path/'out').exists()
+    imagewang_command([str(o) for o in [*usual,*args,'--bs',least,'--unlabeled_bs',2]])
+
 def test_home_that_cannot_be_written(folder, capsys, tmp_path, monkeypatch):
     from fastai.data.external import fastai_cfg
     monkeypatch.setenv('FASTAI_HOME', '/proc/none'); fastai_cfg.cache_clear()
@@ -129,7 +152,26 @@ def test_interrupt_outside_training(folder, capsys, tmp_path, monkeypatch):
     def interrupt(*args): raise KeyboardInterrupt
     monkeypatch.setattr('sesemi_fastai.imagewang.seconds_per_step', interrupt)
     with pytest.raises(SystemExit) as e: imagewang_command([str(folder),'--out',str(tmp_path/'out'),'--size','32','--arch','resnet10_16','--unlabeled_bs','2','--num_workers','0'])
-    err = capsys.readouterr().err.strip(); assert e.value.code==130 and len(err.splitlines())==1 and not (tmp_path/'out').exists()
+    err = capsys.readouterr().err.strip(); assert e.value.code==130 and err=='sesemi_imagewang: interrupted; the same command starts again.' and not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('where', ['train_run','write_report'])
+def test_interrupt_once_something_is_finished(folder, capsys, tmp_path, monkeypatch, where):
+    "Between two runs, or while the report is written: the command that is printed goes on, and trains nothing twice"
+    import shlex,sesemi_fastai.imagewang as module
+    real,calls = getattr(module, where),[]
+    def interrupted(*args, **kw):
+        calls.append(args)
+        if where=='train_run' and len(calls)==1: return real(*args, **kw)
+        raise KeyboardInterrupt
+    args = [str(o) for o in (folder,'--size',32,'--arch','resnet10_8','--epochs',1,'--steps',1,'--unlabeled_bs',2,'--num_workers',0,'--runs',2,'--out',tmp_path/'my out')]
+    with monkeypatch.context() as m:
+        m.setattr(module, where, interrupted)
+        with pytest.raises(SystemExit) as e: imagewang_command(args)
+    err = capsys.readouterr().err.strip(); said,_,command = err.partition(' To go on: ')
+    assert e.value.code==130 and said=='sesemi_imagewang: Interrupted.' and '\n' not in err, err
+    before = {o:o.stat().st_mtime_ns for o in (tmp_path/'my out').rglob('results.json')}; assert len(before)==(1 if where=='train_run' else 2)
+    imagewang_command(shlex.split(command)[1:])
+    assert (tmp_path/'my out/report.html').exists() and capsys.readouterr().out.count('finished already')==len(before) and {o:o.stat().st_mtime_ns for o in before}==before
 
 @pytest.mark.skipif(os.name=='nt', reason='signals')
 def test_interrupt_while_importing(tmp_path):

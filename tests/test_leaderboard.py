@@ -73,6 +73,15 @@ def test_same_command_goes_on(wang, trained, capsys):
     assert 'holds a finished run on wang, and this one is on other' in refused(capsys, other, *small, '--out', out)
     assert sorted(o.name for o in out.iterdir())==['leaderboard.md','pull_request.md','report.html','run-0','run-1'] and (out/'pull_request.md').read_text(encoding='utf-8')==before
 
+def test_interrupt_once_runs_are_finished(wang, trained, capsys, monkeypatch):
+    "While the report is written: the same command goes on, and is printed"
+    out,_ = trained
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr('sesemi_fastai.entry.write_report', interrupted)
+    with pytest.raises(SystemExit) as e: imagewang_command(['leaderboard',str(wang),*small,'--out',str(out)])
+    said,_,command = capsys.readouterr().err.strip().partition(' To go on: ')
+    assert e.value.code==130 and said=='sesemi_imagewang leaderboard: Interrupted.' and f'`{command}`' in (out/'pull_request.md').read_text(encoding='utf-8')
+
 forbidden = [('--size','64'), ('--size','224'), ('--size',None), ('--epochs','40'), ('--epochs',None), ('--labels_per_class','2'), ('--steps','3'), ('--exclude','list.json'), ('--on_bad_image','skip'), ('--class_names','names.json'), ('--resume',''), ('--report','')]
 
 @pytest.mark.parametrize('option,value', forbidden)

@@ -47,6 +47,14 @@ def test_notebooks_have_ids_and_small_outputs():
 def test_readme_is_the_index():
     r = run(sys.executable, 'tools/readme.py', '--check'); assert r.returncode==0, r.stdout+r.stderr
 
+def test_weights_and_ramps_on_the_page_are_the_defaults():
+    import inspect
+    from sesemi_fastai.objective_text import named_objectives
+    rows = re.findall(r'^\| (`\w+`(?:, `\w+`)*) \| ([\d.]+) \| ([\d.]+) \|$', (root/'nbs/howto/settings.md').read_text(encoding='utf-8'), re.M)
+    said = [(n,float(w),float(r)) for names,w,r in rows for n in re.findall(r'\w+', names)]
+    has = lambda o,k: inspect.signature(o).parameters[k].default
+    assert sorted(said)==sorted((o.__name__,has(o,'weight'),has(o,'ramp_pct')) for o in named_objectives.values())
+
 def test_no_name_in_two_rooms():
     seen = {}
     for o in sorted((root/'sesemi_fastai').glob('*.py')):
