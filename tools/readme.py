@@ -231,9 +231,9 @@ def tried_recipes(shares):
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
     cpu = statistics.mode(r['machine']['cpu'] for by in recipe_runs().values() for rs in by.values() for r in rs) if recipe_runs() else None
     def minutes(rs):
-        "Of the runs on the machine that made most of them; with a star where there are none"
+        "Of the runs on the machine that made most of them; nothing where there are none"
         usual = [r for r in rs if r['machine']['cpu']==cpu]
-        return f"{mean(usual or rs,'seconds')/60:.0f}"+'*'*(not usual)
+        return f"{mean(usual,'seconds')/60:.0f}" if usual else ''
     for by in filter(None, shares):
         parts += ['', f"### {next(v[0]['passes'] for v in by.values() if not v[0]['baseline']):,} image passes", '', '| recipe | seeds | accuracy | choosing, reporting | baseline | minutes |','| --- | --- | --- | --- | --- | --- |']
         for name,rs in sorted(((k,v) for k,v in by.items() if not v[0]['baseline']), key=lambda o: -mean(o[1],'accuracy')):
