@@ -41,13 +41,14 @@ def bn_policy(
 # %% ../nbs/06a_batchnorm.ipynb #4b8e201f
 @contextmanager
 def batchnorm_advice(
-    parts:int=1 # Of a labelled batch, each of which is normalised on its own
+    what:str, # It may not be able to normalise, such as 'one labelled image'
+    use:str # What to do then
 ):
-    "Where BatchNorm gets one labelled image within this context, and can't normalise it, the error says what to do"
+    "Where BatchNorm gets one value a channel within this context, and can't normalise it, the error says what to do"
     try: yield
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
-        raise ValueError(f"BatchNorm can't normalise one labelled image by its own statistics: use a bs of {2*parts} or more.") from e
+        raise ValueError(f"BatchNorm can't normalise {what} by its own statistics: use {use}.") from e
 
 class _Group:
     "Hooks of one BatchNorm layer"

@@ -59,7 +59,7 @@ def seconds_per_step(
     def done(): first(model.parameters()).grad.sum().item(); return time.time()   # what was asked of a device is done
     for _ in range(3):
         start = time.time()
-        with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16), batchnorm_advice(max(1, num_distrib())): learn.loss_func(model(xb), yb).backward()
+        with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16), batchnorm_advice('one labelled image', f'a bs of {2*max(1, num_distrib())} or more'): learn.loss_func(model(xb), yb).backward()
         middle = done()
         if passes:
             with torch.autocast(dls.device.type, torch.bfloat16, enabled=bf16): model(ub[0].repeat(4,1,1,1)).float().square().mean().backward()

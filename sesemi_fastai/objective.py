@@ -86,12 +86,13 @@ def loss_name(
     return getattr(f,'__name__',None) or type(f).__name__
 
 def one_tensor(
-    out, # Of a model
-    objective # That reads it as classes or numbers
+    out, # Of `model`
+    objective, # That reads it as classes or numbers
+    model:nn.Module # The plain one
 )->Tensor:
     "`out`; raises `ValueError` where it is more or something else"
     if isinstance(out, Tensor): return out
-    raise ValueError(f"{type(objective).__name__} reads the output of the model, which is a {type(out).__name__} and not one tensor: leave {objective.name} out.")
+    raise ValueError(f"{type(objective).__name__} reads the output of the model, and {type(model).__name__} gives a {type(out).__name__}, not one tensor: leave {objective.name} out.")
 
 # %% ../nbs/07a_objective.ipynb #dd54c307
 class UnlabeledObjective(TransientCallback):
@@ -222,6 +223,7 @@ class BoundBatch:
     ):
         "The view, made once for all objectives"
         return self.batch.view(view)
+    def _output(self, out): return one_tensor(out, self.objective, self.objective.trained)
     def _pass(self, view):
         o = self.objective
         return self.batch.differentiable(view, o.bn, o.backward) if self.learning else self.batch.without_gradient(view, o.bn)
@@ -229,7 +231,7 @@ class BoundBatch:
         view # One of the objective's `views`
     )->Tensor: # `(N,n_out)`
         "The model's output for a view, in training mode, with gradients"
-        self.outputs = one_tensor(self._pass(view)[1], self.objective)
+        self.outputs = self._output(self._pass(view)[1])
         return self.outputs
     def features(self,
         view # One of the objective's `views`
@@ -240,9 +242,9 @@ class BoundBatch:
         view # One of its `views` or `target_views`
     )->Tensor: # `(N,n_out)`
         "The model's output without gradients"
-        return one_tensor(self.batch.without_gradient(view, self.objective.bn)[1], self.objective)
+        return self._output(self.batch.without_gradient(view, self.objective.bn)[1])
     def teacher(self,
         view # See `UnlabeledBatch.view`
     )->Tensor: # `(N,n_out)`
         "The output of `EMA`'s model in evaluation mode, without gradients"
-        return one_tensor(self.batch.teacher_targets(view), self.objective)
+        return self._output(self.batch.teacher_targets(view))

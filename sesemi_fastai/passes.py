@@ -106,12 +106,8 @@ class UnlabeledBatch:
     )->tuple: # Features or None, and outputs in float32 or more
         "Send a view through the model"
         norms,behind = self.layers
-        try:
-            with self.drawing('pass', view), self.within(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
-                feats,out = self.forward(self.images(view))
-        except ValueError as e:
-            if 'more than 1 value per channel' not in str(e): raise
-            raise ValueError(f"BatchNorm can't normalise {view_name(view)} of one unlabelled image by its own statistics: use an unlabeled_bs of 2 or more, or bn='running'.") from e
+        with batchnorm_advice(f'{view_name(view)} of one unlabelled image', "an unlabeled_bs of 2 or more, or bn='running'"), self.drawing('pass', view), self.within(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
+            feats,out = self.forward(self.images(view))
         return to_full(feats),to_full(out)
 
     def differentiable(self,

@@ -204,7 +204,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
     cbs = [saver, StopDiverged(), *([HistoryFile(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
         try:
-            with batchnorm_advice(ifnone(cfg.bn_groups, cfg.processes)), on_processes(learn, sync_bn=cfg.bn_groups==1): cfg.fit(learn, cbs)
+            with batchnorm_advice('one labelled image', f'a bs of {2*ifnone(cfg.bn_groups, cfg.processes)} or more'), on_processes(learn, sync_bn=cfg.bn_groups==1): cfg.fit(learn, cbs)
             check_finite(learn.model)
         except DivergedError as e:
             if first_process: write_json(folder/'failed.json', dict(message=str(e), settings=cfg.settings(baseline), versions=versions(), commit=commit))

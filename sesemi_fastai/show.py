@@ -116,14 +116,13 @@ def show_results(self:PretextObjective,
     _show(_denormalised(views[order], self.learn.dls.valid), titles, ['red' if wrong[i] else 'green' for i in order], **kwargs)
 
 # %% ../nbs/08_show.ipynb #ecadf70e
-def _predicted(p, vocab, task):
+def _predicted(p, learn, task):
     "What an output says, in words: a class with its probability, all classes that are more probable than not, or numbers"
+    vocab = getattr(learn.dls,'vocab',None) or range(p.shape[1])
     if task=='regression': return [', '.join(f'{v:.3g}' for v in o) for o in p.tolist()]
     conf,pred = p.max(-1)
     found = [[(c,o)] for c,o in zip(pred, conf)] if pred.ndim==1 else [[(c,o[c]) for c in q.nonzero()[:,0]] for q,o in zip(pred, conf)]
     return [', '.join(f'{vocab[c]} ({o:.0%})' for c,o in os) or 'no class' for os in found]
-
-def _vocab(learn, p): return getattr(learn.dls,'vocab',None) or range(p.shape[1])
 
 @patch
 @delegates(get_grid)
@@ -136,10 +135,10 @@ def show_results(self:UnlabeledObjective,
     with eval_mode(model), torch.no_grad():
         x = torch.cat([*_unlabeled_batches(learn, max_n)])
         views = torch.cat([v for v,_ in self.titled_views(UnlabeledBatch(x, feature_pass(model), key=partial(random_key, 0)))])
-        out = one_tensor(model(views), self)
+        out = one_tensor(model(views), self, model)
     p = out if task=='regression' else class_probs(out, task)
     kwargs['ncols'] = kwargs.get('ncols', len(x))
-    _show(_denormalised(views, learn.dls.valid), _predicted(p, _vocab(learn, p), task), **kwargs)
+    _show(_denormalised(views, learn.dls.valid), _predicted(p, learn, task), **kwargs)
 
 @patch
 @delegates(get_grid)
@@ -156,7 +155,7 @@ def show_results(self:FixMatch,
         p = class_probs(teacher(x), self.made_for[0])
     kept = deepcopy(self.kept)   # a look moves no statistics
     if 'align' in kept: p = kept['align'](p)
-    w,titles = kept['weighting'](p),_predicted(p, _vocab(learn, p), self.made_for[0])
+    w,titles = kept['weighting'](p),_predicted(p, learn, self.made_for[0])
     kwargs['ncols'] = kwargs.get('ncols', len(x))
     _show(_denormalised(torch.cat([x,strong]), learn.dls.valid), titles+['strong view']*len(x), ['black' if o.any() else 'grey' for o in w]+['black']*len(x), **kwargs)
 

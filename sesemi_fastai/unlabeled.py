@@ -165,8 +165,8 @@ def prepare(self:UnlabeledStep):
     if len(inputs)>1: raise ValueError(f"Objectives take unlabelled images of one input, and those of this Learner have {len(inputs)}: leave {', '.join(o.name for o in objectives)} out.")
     x = inputs[0].as_subclass(Tensor).to(first(model.parameters()).device)
     with eval_mode(model): out = model(x)
-    for o in filter(lambda o: o.reads=='classes', objectives):
-        one_tensor(out, o)
+    for o in [o for o in objectives if o.reads=='classes']:
+        one_tensor(out, o, model)
         if len(targets)>1: raise ValueError(f"{type(o).__name__} takes the whole output of the model for what one target asks, and labelled images have {len(targets)}: leave {o.name} out.")
     layer,needs = None,[o for o in objectives if o.reads=='features']
     if needs:

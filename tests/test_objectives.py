@@ -179,7 +179,7 @@ def test_a_second_output_in_training_alone(dls, name):
     go = lambda: fitted(dls, *family[name](), model=Aux(*net()), loss_func=first_of)
     if name in ('rotation','rotation_one','jigsaw','barlow_twins'): assert go().recorder.values[0][2]<math.inf
     else:
-        with pytest.raises(ValueError, match='is a tuple and not one tensor: leave'): go()
+        with pytest.raises(ValueError, match='and Aux gives a tuple, not one tensor: leave'): go()
 
 def paired_items(n_inp, tfms):
     "Images of one size behind several pipelines, in pairs of loaders"
