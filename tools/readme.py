@@ -215,6 +215,7 @@ trial_words = dict(protocol='the published training, fast recipe', best='`best`'
     protocol_growing='published, progressive resizing', protocol_no_dropout='published, no dropout', protocol_fixmatch='published, pseudo-labels late', protocol_extra="published, Imagenette's classes as labels and images", best_mixup='`best` and MixUp .4', best_no_growing='`best` without progressive resizing', best_no_smoothing='`best` without label smoothing',
     best_no_fixmatch='`best` without pseudo-labels', best_no_rotation='`best` without rotation', best_four='`best`, all four rotations of a quarter of the images', best_mish='`best`, Mish', best_relu='`best`, ReLU', best_resnet="`best`, torchvision's ResNet-18", best_timm="`best`, timm's resnet18d", best_adamw='`best`, AdamW', best_nesterov="`best`, the published optimizer and schedule",
     best_bs64='`best`, 64 images of each kind a step', best_ema='`best`, averaged weights', best_bn='`best`, unlabelled passes move no running averages', best_no_val='`best`, `val` not in the pool', best_labels="`best`, Imagenette's classes as labels", best_images="`best`, Imagenette's images in the pool", best_extra="`best`, Imagenette's classes as labels and images",
+    protocol_50='published, ResNet-50', best_50='`best`, xresnet50 with SiLU',
     turns_adamw='`best` without pseudo-labels, AdamW', turns16_48='`best` without pseudo-labels, MixUp .2, 16 labelled and 48 unlabelled images a step', mish='`best` without pseudo-labels, Mish, MixUp .4', mish_growing_half='`best` without pseudo-labels, Mish, MixUp .4, progressive resizing in the first half',
     plain='`best` without pseudo-labels and progressive resizing, Mish', plain_growing='`best` without pseudo-labels, Mish, progressive resizing in the first half', plain64='`best` without pseudo-labels and progressive resizing, Mish, 64 a step', relu64='`best` without pseudo-labels and progressive resizing, ReLU, 64 a step', relu64_images="`best` without pseudo-labels and progressive resizing, ReLU, 64 a step, Imagenette's images in the pool", relu64_extra="`best` without pseudo-labels and progressive resizing, ReLU, 64 a step, Imagenette's classes as labels and images", relu32_96='`best` without pseudo-labels and progressive resizing, ReLU, 32 labelled and 96 unlabelled')
 
@@ -247,14 +248,15 @@ recipe_parts = {'xresnet with SiLU for torchvision\'s ResNet':('protocol_xresnet
     "Imagenette's classes as labels":(None,'+best_labels'), "Imagenette's images in the pool":(None,'+best_images'), 'averaged weights':(None,'+best_ema'), '`val` in the pool':(None,'best_no_val')}
 
 def part_by_part():
-    "Points of accuracy that a part gives at a quarter of the image passes, in the published training and in `best`, over the seeds that both have"
-    by = {k:{r['seed']:r for r in rs} for k,rs in recipe_runs().get(.25,{}).items()}
-    def cell(name, base):
-        if not name or name.strip('+') not in by or base not in by: return ''
-        diffs = differences(by[name.strip('+')], by[base])
+    "Points of accuracy that a part gives at a quarter of the image passes, in the published training and in `best`, and in `best` with all of them, over the seeds that both have"
+    by = {share:{k:{r['seed']:r for r in rs} for k,rs in runs.items()} for share,runs in recipe_runs().items()}
+    def cell(share, name, base):
+        runs = by.get(share,{})
+        if not name or name.strip('+') not in runs or base not in runs: return ''
+        diffs = differences(runs[name.strip('+')], runs[base])
         return with_error(diffs if '+' in name or base=='protocol' else [-o for o in diffs], '+.1f') if diffs else ''
-    rows = [(k,cell(a,'protocol'),cell(b,'best')) for k,(a,b) in recipe_parts.items()]
-    return '\n'.join(['| part | in the published training | in `best` |', '| --- | --- | --- |', *(f'| {k} | {a} | {b} |' for k,a,b in rows if a or b)])
+    rows = [(k,cell(.25,a,'protocol'),cell(.25,b,'best'),cell(1.,b,'best')) for k,(a,b) in recipe_parts.items()]
+    return '\n'.join(['| part | in the published training, a quarter of the passes | in `best`, a quarter | in `best`, all passes |', '| --- | --- | --- | --- |', *(f"| {k} | {' | '.join(o)} |" for k,*o in rows if any(o))])
 
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"

@@ -32,6 +32,7 @@ trials = dict(protocol=protocol, best=best,
     best_mixup=best|dict(mixup=.4), best_no_growing=best|dict(progressive=0.), best_no_smoothing=best|dict(label_smoothing=0.), best_no_fixmatch=turns, best_no_rotation=best|dict(objective=pseudo_labels), best_four=best|dict(unlabeled_bs=8, objective='rotation+'+pseudo_labels),
     best_mish=best|dict(arch='xresnet18_mish'), best_relu=best|dict(arch='xresnet18'), best_resnet=best|dict(arch='resnet18'), best_timm=best|dict(arch='timm:resnet18d'), best_adamw=best|dict(opt='adamw'), best_nesterov=best|dict(opt='nesterov', schedule='poly'), best_bs64=best|dict(bs=64, unlabeled_bs=64), best_ema=best|dict(ema=.998),
     best_bn=best|dict(objective='rotation(views=one,bn=batch)+'+pseudo_labels.replace(')',',bn=batch)')), best_no_val=best|dict(val_in_pool=False), best_labels=best|dict(extra='labels'), best_images=best|dict(extra='images'), best_extra=best|dict(extra='both'),
+    protocol_50=protocol|dict(arch='resnet50'), best_50=best|dict(arch='xresnet50_silu'),
     turns_adamw=turns|dict(opt='adamw'), turns16_48=turns|dict(bs=16, unlabeled_bs=48, mixup=.2), mish=mish, mish_growing_half=mish|dict(progressive=.5), plain=plain, plain_growing=plain|dict(progressive=.5), plain64=plain64, relu64=relu64, relu64_images=relu64|dict(extra='images'), relu64_extra=relu64|dict(extra='both'), relu32_96=relu64|dict(bs=32, unlabeled_bs=96))
 
 def config(path, name, share, seed):
