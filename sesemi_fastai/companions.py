@@ -35,7 +35,8 @@ class ClipHeads(TransientCallback):
         params = [p for o in heads for p in o.fit_heads.parameters()]
         if scaler is not None:
             for o in (*self.learn.cbs.filter(risinstance(MixedPrecision)), *filter(None, (scaled_optimizer(o.fit_opt) for o in heads))): scaler.unscale_(o)
-            if not all(p.grad.isfinite().all() for p in params if p.grad is not None): raise CancelStepException
+            finite = [p.grad.isfinite().all() for p in params if p.grad is not None]
+            if finite and not torch.stack(finite).all(): raise CancelStepException   # one wait for the device
         for c in self.learn.cbs.filter(risinstance(GradientClip)): nn.utils.clip_grad_norm_([*self.learn.model.parameters(), *params], c.max_norm, c.norm_type)
 
 class ShardStreams(TransientCallback):

@@ -117,13 +117,14 @@ def trained_learner(
     file = Path(folder)/'results.json'
     if not file.exists(): raise FileNotFoundError(f"{printable(folder)} holds no results.json: name the folder of a finished run, such as runs/sample/run-0.")
     res = json.loads(file.read_text())
-    cfg = replace(RunConfig(**{o.name:res[o.name] for o in fields(RunConfig) if o.name in res}), data=str(path), exclude=None, on_bad_image='skip', num_workers=0)
+    cfg = replace(RunConfig(**{o.name:res[o.name] for o in fields(RunConfig) if o.name in res}), data=str(path), exclude=None, on_bad_image='skip', num_workers=None)   # workers as this machine has them
     dls = cfg.dls(train=train, valid=valid, **(dict(unlabeled=unlabeled) if unlabeled else {}))
     named = lambda cs: ', '.join(map(printable, cs[:5]))+(', …' if len(cs)>5 else '')
     if (of := res.get('classes')) and of!=[*map(printable, dls.valid_vocab)]: raise ValueError(f"The run in {printable(folder)} is of the classes {named(of)}, and {printable(path)} has {named(dls.valid_vocab)}: name a run on these images.")
     learn = cfg.learner(dls)
     try: learn.model.load_state_dict(torch.load(Path(folder)/'model.pth', weights_only=True))
     except RuntimeError as e: raise ValueError(f"The run in {printable(folder)} has weights that don't fit the {len(dls.vocab)} classes of {printable(path)}: name a run on these images.") from e
+    learn.model.to(dls.device)
     return learn
 
 def _check_names(file, vocab=()): class_names(vocab, file)   # `sesemi_doctor` has an option of this name

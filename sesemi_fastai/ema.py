@@ -86,8 +86,8 @@ def update(self:EMA):
     if avg_f:
         torch._foreach_mul_(avg_f, d)
         torch._foreach_add_(avg_f, new_f, alpha=1-d)
-    for a,o,f in zip(avg, new, is_float):
-        if not f: a.copy_(o)
+    rest = [(a,o) for a,o,f in zip(avg, new, is_float) if not f]
+    if rest: torch._foreach_copy_(*map(list, zip(*rest)))
     self.n_updates += 1
 
 @patch

@@ -137,7 +137,7 @@ def barlow_twins_loss(
     def standardised(z):
         z = _wide(z); z = z-mean_over_processes(z.mean(0))
         return z/(mean_over_processes(z.square().mean(0))+eps).sqrt()
-    c = mean_over_processes(standardised(z1).T@standardised(z2)/len(z1))
+    with torch.autocast(z1.device.type, enabled=False): c = mean_over_processes(standardised(z1).T@standardised(z2)/len(z1))   # a product, which autocast would make in half precision
     diag = c.diagonal()
     return (1-diag).square().sum()+lam*(c.square().sum()-diag.square().sum())
 

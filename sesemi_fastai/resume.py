@@ -225,7 +225,7 @@ def after_batch(self:ResumeTraining):
     n,unit = self._every
     done,last = self.learn.train_iter,self.iter+1==self.n_iter
     due = (done%n==0 if unit=='step' else last and (self.epoch+1)%n==0 if unit=='epoch' else time.time()-fit.saved[0]>=60*n)
-    if num_distrib()>1: due,fit.stop.got = (max(o) for o in zip(*from_all((due, fit.stop.got))))   # all stop and save at the same step
+    due,fit.stop.got = max_over_processes(due, fit.stop.got, device=self.learn.loss.device)   # all stop and save at the same step
     if due or last or fit.stop.got: self._note(self.iter+1)
     if fit.stop.got: self._stop()
     if due: self._save()

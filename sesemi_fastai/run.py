@@ -163,7 +163,7 @@ class StopDiverged(TransientCallback):
     order = Recorder.order+2
     def after_batch(self):
         "The Recorder's smoothed loss is on the CPU already, and stays what isn't finite"
-        if not self.training or not any(from_all(not bool(self.learn.smooth_loss.isfinite()))): return
+        if not self.training or not max_over_processes(not self.learn.smooth_loss.isfinite(), device=self.learn.loss.device)[0]: return
         raise DivergedError(f"Training diverged: the loss is {float(self.learn.loss):g} at epoch {self.epoch}, step {self.iter+1} of {self.n_iter}, at a learning rate of {self.opt.hypers[-1]['lr']:g}; try a lower one, a longer warm-up, or smaller weights of the objectives.")
 
 def check_finite(

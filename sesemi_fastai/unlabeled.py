@@ -11,6 +11,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TerminateOnNaNCallback
 import weakref
 from .streams import *
+from .distributed import *
 from .samples import *
 from .probe import *
 from .companions import *
@@ -255,9 +256,7 @@ def average_gradients(self:UnlabeledStep,
     "In distributed training, each gradient becomes its mean over the processes: those that the wrapper doesn't see"
     if wrapped_ddp(self.learn) is None: return
     params = [p for o in self.objectives for p in o.fit_heads.parameters()]+([*self.learn.model.parameters()] if all_of_them else [])
-    grads = [p.grad for p in params if p.grad is not None]
-    for o in [torch.distributed.all_reduce(g, async_op=True) for g in grads]: o.wait()
-    if grads: torch._foreach_div_(grads, num_distrib())
+    average_over_processes([p.grad for p in params if p.grad is not None])
 
 # %% ../nbs/07b_unlabeled.ipynb #7119d053
 def _join(learn):

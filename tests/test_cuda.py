@@ -203,6 +203,13 @@ def test_a_killed_run_ends_as_if_it_had_not_been(device, processes, folder, tmp_
     kw = dict(num_workers=2, recipe='fast', cache='none', bf16=True, deterministic=True, objective='rotation+fixmatch(threshold=.4)', ema=.9)
     survive(processes, folder, tmp_path, [('after_loss',7),('writing',4)], kw, every=1, backward='sequential')
 
+@quick_on_cpu
+def test_doctor_asks_on_the_device(device, folder, tmp_path):
+    "`sesemi_doctor --run`: the network of the run is where its images are"
+    train_run(RunConfig(str(folder), 'noise', size=32, epochs=1, arch='resnet10_16', unlabeled_bs=4, steps=1, num_workers=0), tmp_path/'run', plain=True)
+    learn = trained_learner(tmp_path/'run', folder)
+    assert {p.device.type for p in learn.model.parameters()}=={device}=={torch.device(learn.dls.device).type}
+
 @slow_on_cpu
 def test_twice_the_same(device, folder, tmp_path):
     "`--deterministic`: two runs from one seed have the same weights, bitwise"
@@ -227,15 +234,15 @@ def test_resume_knows_the_algorithms(device, folder, tmp_path):
 
 @gpu_alone
 def test_asked_too_late(device):
-    "deterministic algorithms, too late: a process that computed on the GPU without `CUBLAS_WORKSPACE_CONFIG` is told to start with it"
+    "deterministic algorithms, asked for in a process that computed on the GPU without `CUBLAS_WORKSPACE_CONFIG`: older versions of torch refuse, and we say how to start; later ones give the same bits each time"
     code = """
 import torch
 from sesemi_fastai.all import deterministic_algorithms
-x = torch.ones(4,4, device='cuda'); x@x
-with deterministic_algorithms(): (x@x).sum().item()"""
+x = torch.randn(512,512, device='cuda'); x@x
+with deterministic_algorithms(): assert all(torch.equal(x@x, x@x) for _ in range(20))"""
     env = {k:v for k,v in os.environ.items() if k!='CUBLAS_WORKSPACE_CONFIG'}
     r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, cwd=here.parent, env=env)
-    assert r.returncode and 'ValueError' in r.stderr and 'start Python with the environment variable CUBLAS_WORKSPACE_CONFIG' in r.stderr, r.stderr
+    assert r.returncode==0 or 'start Python with the environment variable CUBLAS_WORKSPACE_CONFIG' in r.stderr, r.stderr
 
 # what it costs
 
@@ -324,7 +331,7 @@ def test_out_of_memory(device, record_property):
     size,ubs = 128,16   # activations many times the weights
     def step(backward): memory.fit(memory.learner('resnet18', size, ubs, backward, device=device))
     step('joint'); gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); step('joint'); gc.collect()
-    most,before = torch.cuda.max_memory_reserved(),torch.cuda.memory_allocated()
+    most,before = torch.cuda.max_memory_allocated(),torch.cuda.memory_allocated()   # by three quarters of which the unlabelled pass ends, beside the labelled one's graph
     record_property('a step, MB', most/1e6)
     torch.cuda.empty_cache()
     try:

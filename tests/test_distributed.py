@@ -162,6 +162,15 @@ def test_unused_parameters(ranks, backward):
     "two processes, `find_unused_parameters=True`: the same weights, bitwise; heads are outside the wrapper, which can't take them for unused"
     for s,j in zip(ranks[0]['unused '+backward]['steps'], ranks[0][backward]['steps'], strict=True): assert same(s['after'], j['after'])
 
+@pytest.mark.parametrize('backward', ['joint','sequential'])
+def test_messages(ranks, backward):
+    "two processes, a step with `ResumeTraining` and the look for losses that aren't finite: one message each, and one for all gradients that the wrapper doesn't see, however many parameters there are"
+    assert all(o['messages '+backward]==dict(all_reduce=3) for o in ranks)
+
+def test_patience(ranks):
+    "two processes, `local_first`: others wait for hours for what the first one fetches"
+    assert all(o['patience']>=3600 for o in ranks)
+
 def test_refusals(ranks):
     "two processes, refused with words: fewer images than a batch of all"
     for r in ranks:

@@ -6,6 +6,7 @@ from functools import partial
 import matplotlib.pyplot as plt,numpy as np,pytest,torch
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models import resnet18
 from fastcore.all import L,noop
 from fastai.callback.schedule import LRFinder
@@ -641,6 +642,24 @@ def test_overflow(make, backward, where):
     learn = make(Scaled(), Overflow(), After()); learn.rotation.backward,learn.moved = backward,[]; learn.fit(1, .01)
     assert learn.moved[1]==set() and all({'fc.weight','rotation.head.weight'}<=o for i,o in enumerate(learn.moved) if i!=1) and len(learn.moved)==4
     assert learn.scale==2.**9 and all(v.isfinite().all() for v in weights(learn).values())
+
+def test_one_look_at_heads(make):
+    "a gradient scaler and heads: a step asks the device once whether their gradients are finite, however many parameters they have"
+    class Looks(TorchFunctionMode):
+        n = 0
+        def __torch_function__(self, f, types, args=(), kwargs=None):
+            self.n += f is torch.Tensor.__bool__
+            return f(*args, **(kwargs or {}))
+    class Count(Callback):
+        order = 100
+        def before_fit(self):
+            was = self.learn.clip_heads.before_step
+            def looked():
+                with Looks() as looks: was()
+                self.learn.looks.append(looks.n)
+            self.learn.clip_heads.before_step = looked
+    learn = make(Scaled(), Count()); learn.looks = []; learn.fit(1, .01)
+    assert len(heads(learn))>1 and learn.looks==[1]*4
 
 def test_scaler_left_behind(make):
     "a `GradScaler` that an interrupted fit left on the Learner: without `MixedPrecision` the head is trained as if it weren't there"

@@ -1,12 +1,13 @@
 """What `test_distributed.py` asserts, recorded by each of two processes: `accelerate launch --cpu --num_processes 2 tests/two_processes.py FOLDER`.
 An image's first pixel is a hundredth of its number, and nothing is augmented, so that a batch tells which images are in it."""
-import sys
+import collections,sys
 from functools import partial
 import torch
 from torch import nn
 from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.vision.all import Callback,Datasets,Learner,Normalize,SGD,Transform,accuracy,noop,rank_distrib
-from sesemi_fastai.all import PairedDataLoaders,RotationPretext,StepSeed
+from sesemi_fastai.all import PairedDataLoaders,ResumeTraining,RotationPretext,StepSeed,local_first
+from sesemi_fastai.run import StopDiverged
 
 class Paint(Transform):
     def encodes(self, i:int):
@@ -56,6 +57,21 @@ def fit(learn, epochs=1, **kw):
     names,values = learn.recorder.metric_names,learn.recorder.values
     return dict(steps=learn.watch.steps, columns=[dict(zip(names[1:], o)) for o in values], steps_done=len(learn.recorder.losses))
 
+class Messages(Callback):
+    "Counts what Python asks of `torch.distributed` from the second training step on; what the wrapper of the model sends isn't among it"
+    order = 2_000_000
+    def before_fit(self):
+        self.counts,self.was = collections.Counter(),{k:getattr(torch.distributed,k) for k in ('all_reduce','all_gather_object','broadcast','broadcast_object_list')}
+        for k,f in self.was.items(): setattr(torch.distributed, k, partial(self.counted, k, f))
+    def counted(self, k, f, *args, **kwargs):
+        self.counts[k] += 1
+        return f(*args, **kwargs)
+    def before_batch(self):
+        if self.training and self.iter==1: self.counts.clear()
+    def after_train(self): self.per_step = {k:n/(self.n_iter-1) for k,n in self.counts.items()}
+    def after_fit(self):
+        for k,f in self.was.items(): setattr(torch.distributed, k, f)
+
 def error(f):
     try: f()
     except ValueError as e: return str(e)
@@ -65,6 +81,10 @@ if __name__=='__main__':
     from fastai.distributed import *
     from fastai.vision.all import TerminateOnNaNCallback
     rank,facts = rank_distrib(),{}
+    local_first(noop)
+    facts['patience'] = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device('cpu')).options._timeout.total_seconds()
+    for backward in ('joint','sequential'):
+        learn = learner(data(4,2), Messages(), StopDiverged(), ResumeTraining(f'{sys.argv[1]}/resume-{backward}'), backward=backward); fit(learn); facts['messages '+backward] = learn.messages.per_step
     for backward in ('joint','sequential'):
         facts[backward] = fit(learner(data(4,2), backward=backward), 2)
         facts[backward+' accumulated'] = fit(learner(data(4,2), GradientAccumulation(8), GradientClip(.05), backward=backward))
