@@ -89,7 +89,7 @@ def run_plan(
     learn,bad = cfg.learner(dls),dls.bad_images
     per_image,total,c = passes_per_image(cfg.objectives()),n*cfg.epochs,image_counts(dls)
     secs = seconds_per_step(learn, per_image) + (seconds_per_step(learn, 0) if baseline else 0)
-    passes = lambda b: f'{round(total*real.passes_per_step(b)):,}'
+    passes = lambda b: f'{round(total*real.passes_per_step(b, steps=total)):,}'
     lines = [f"Data       {printable(cfg.dataset)}: {printable(dls.path)}",
              f"Classes    {len(dls.valid_vocab)}: {', '.join(map(printable, class_names(dls.valid_vocab, names)))}"]
     if cfg.extra: lines.append(_extra_words(cfg, dls))

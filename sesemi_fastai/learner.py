@@ -141,7 +141,7 @@ def sesemi_learner(
     own = [*([] if has(StepSeed) else [StepSeed()]), ShardStreams(), *([BatchNormGroups(bn_groups)] if bn_groups!=1 else []), *([LabeledMixUp(mixup)] if mixup else []), *([ProgressiveResize(grow)] if grow and not has(ProgressiveResize) else [])]
     for o in [*own,*L(cbs)]:
         if isinstance(o, ProgressiveResize): o.check(model, x)
-    return Learner(dls, model, opt_func=opt_func or get_opt_func(said['opt'])[0], wd_bn_bias=wd_bn_bias, cbs=own+native_cbs(dls, L(cbs))+L(cbs), **kwargs)
+    return Learner(dls, model, opt_func=opt_func or get_opt_func(said['opt'])[0], wd_bn_bias=wd_bn_bias, cbs=own+native_cbs(dls, L(cbs), model, x)+L(cbs), **kwargs)
 
 # %% ../nbs/11_learner.ipynb #69642ed1
 def accuracy_among(

@@ -70,7 +70,9 @@ def make_objectives(
 
 def passes_per_image(
     objectives, # Callbacks
-    pct:float=None # Share of the run that is done; on average over the run by default
+    pct:float=None, # Share of the run that is done; on average over the run by default
+    steps:int=None # Of the run, for the average: with few of them, what begins late has a smaller share
 )->float:
     "Image passes for each unlabelled image of a step, forward and backward; one that is only forward counts a third, one that two objectives share counts for each"
-    return sum(o.passes_per_image*(1-o.start_pct if pct is None else o.start_pct<=pct) for o in objectives)
+    share = lambda start: start<=pct if pct is not None else 1-start if steps is None else 1-math.ceil(round(start*steps, 6))/steps   # of steps that begin no earlier
+    return sum(o.passes_per_image*share(o.start_pct) for o in objectives)

@@ -106,7 +106,7 @@ class UnlabeledBatch:
     )->tuple: # Features or None, and outputs in float32 or more
         "Send a view through the model"
         norms,behind = self.layers
-        with batchnorm_advice(f'{view_name(view)} of one unlabelled image', "an unlabeled_bs of 2 or more, or bn='running'"), self.drawing('pass', view), self.within(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
+        with batchnorm_advice(f'{view_name(view)} of one unlabelled image', "an unlabeled_bs of 2 or more for each BatchNorm group, or bn='running'"), self.drawing('pass', view), self.within(), bn_policy(norms, bn), bn_policy(behind if 'classes' not in reads else [], 'batch'):
             feats,out = self.forward(self.images(view))
         return to_full(feats),to_full(out)
 

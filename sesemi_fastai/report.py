@@ -122,13 +122,14 @@ def difference_interval(
     "Mean difference in points, and its confidence interval where there are enough runs for one"
     pairs = [runs[k]-baselines[k] for k in runs if k in baselines]
     if len(pairs)>1:
+        if statistics.stdev(pairs)==0: return pairs[0],None,None,len(pairs)   # by chance, of few validation images
         mean,half = statistics.mean(pairs),stats.t.ppf((1+level)/2, len(pairs)-1)*statistics.stdev(pairs)/len(pairs)**.5
         return mean,mean-half,mean+half,len(pairs)
     a,b = list(runs.values()),list(baselines.values())
     mean = statistics.mean(a)-statistics.mean(b)
     if min(len(a),len(b))<2: return mean,None,None,len(pairs)
     va,vb = statistics.variance(a)/len(a),statistics.variance(b)/len(b)
-    if va+vb==0: return mean,mean,mean,0
+    if va+vb==0: return mean,None,None,len(pairs)
     half = stats.t.ppf((1+level)/2, (va+vb)**2/(va**2/(len(a)-1)+vb**2/(len(b)-1)))*(va+vb)**.5
     return mean,mean-half,mean+half,0
 
@@ -141,7 +142,7 @@ def difference_words(
     if low is None:
         n = (runs[0].get('counts') or {}).get('valid')
         few = f"{'one run' if len(runs)==1 else f'{len(runs)} runs'} and {'one baseline' if len(baselines)==1 else f'{len(baselines)} baselines'}"
-        return (f"Difference: {diff:+.2f} points, of {few}. This is no measurement of what unlabelled images give, since runs of other seeds differ: train several, with --runs 3 or more and --baseline, for an interval."
+        return (f"Difference: {diff:+.2f} points, of {few}. This is no measurement of what unlabelled images give, since runs of other seeds differ: {'validate on more images, or train more of them' if min(len(runs),len(baselines))>1 else 'train several, with --runs 3 or more and --baseline'}, for an interval."
                 +(f" Each of the {n:,} validation images counts {100/n:.2f} points." if n else ''))
     how = f'{pairs} pairs of equal seeds' if pairs else f'{len(runs)} runs and {len(baselines)} baselines'
     return (f"Difference: {diff:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} ({how}, Student's t). "
@@ -172,7 +173,7 @@ def leaderboard(
     if lack: lines += ['',f"Not counted: {'; '.join(f'{k}: {v}' for k,v in lack.items())}."]
     return '\n'.join(lines)+'\n'
 
-def _few_labels(r): return f", with the labels of {r['labels_per_class']} images of each class{' of val' if r.get('extra') in ('labels','both') else ''}" if r.get('labels_per_class') else ''
+def _few_labels(r): return f", with the labels of {r['labels_per_class']} image{'s' if r['labels_per_class']>1 else ''} of each class{' of val' if r.get('extra') in ('labels','both') else ''}" if r.get('labels_per_class') else ''
 
 def objective_words(
     r:dict # `results.json` of a run

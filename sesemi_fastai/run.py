@@ -104,10 +104,11 @@ class RunConfig:
 
     def passes_per_step(self,
         baseline:bool=False, # Without unlabelled images
-        pct:float=None # At that share of the training; on average by default
+        pct:float=None, # At that share of the training; on average by default
+        steps:int=None # Of the training, for the average; see `passes_per_image`
     )->float:
         "Image passes of a step, forward and backward; one that is only forward, as for a target, counts a third. It needs `bs`, which `as_loaded` sets"
-        return self.bs+(0 if baseline else self.unlabeled_bs*passes_per_image(self.objectives(), pct))
+        return self.bs+(0 if baseline else self.unlabeled_bs*passes_per_image(self.objectives(), pct, steps))
 
     def fit(self,
         learn:Learner, # Of this run
@@ -230,7 +231,7 @@ def _results(cfg, learn, dls, seconds, baseline):
     n,acc = dls.steps_per_epoch(cfg.processes),learn.recorder.values[-1][2]
     if cfg.processes>1: acc = learn.validate()[1]   # each image once, where the epoch's share was filled up
     total,chance = n*cfg.epochs,{f'{o.name}_{o.figure}':o.chance for o in cfg.objectives() if o.chance is not None}
-    return asdict(cfg)|dict(accuracy=100*acc, steps=total, steps_per_epoch=n, baseline=baseline, processes=cfg.processes, image_passes=round(total*cfg.passes_per_step(baseline)),
+    return asdict(cfg)|dict(accuracy=100*acc, steps=total, steps_per_epoch=n, baseline=baseline, processes=cfg.processes, image_passes=round(total*cfg.passes_per_step(baseline, steps=total)),
         counts=image_counts(dls), classes=list(map(printable, dls.valid_vocab)), chance=dict(accuracy=1/len(dls.valid_vocab))|chance, bad_images=[(printable(p),w) for p,w in dls.bad_images], seconds=round(seconds, 1), versions=versions())
 
 def _write_results(folder, learn, steps, res):

@@ -7,25 +7,31 @@ __all__ = ['robust_limits', 'plot_run', 'run_report', 'write_report']
 
 # %% ../nbs/12b_run_report.ipynb #a7b7ff3d
 from fastai.vision.all import *
+import textwrap
 from .images import *
 from .html import *
 from .report import *
 
 # %% ../nbs/12b_run_report.ipynb #8cd941d9
-def robust_limits(
-    values, # Of one panel
-    share:float=.02, # Of them that may be outliers, at either end; one at least
-    far:float=6. # How many times the range of the others an outlier is away from them
-)->tuple: # Limits, and how many values are beyond them
-    "Limits of an axis that a few values far from all others don't stretch"
+def _without_outliers(values, share, far):
     ys = np.sort([o for o in values if math.isfinite(o)])
-    if not len(ys): return 0.,1.,len(values)
+    if not len(ys): return []
     k = max(1, int(share*len(ys))) if len(ys)>3 else 0
     low,high = ys[k],ys[len(ys)-1-k]
     reach = far*(high-low)
-    low,high = (low if reach and ys[0]<low-reach else ys[0]),(high if reach and ys[-1]>high+reach else ys[-1])
+    return [low if reach and ys[0]<low-reach else ys[0], high if reach and ys[-1]>high+reach else ys[-1]]
+
+def robust_limits(
+    *curves, # Values of each in one panel
+    share:float=.02, # Of a curve's values that may be outliers, at either end; one at least
+    far:float=6. # How many times the range of the others an outlier is away from them
+)->tuple: # Limits, and how many values are beyond them
+    "Limits of an axis that a few values far from all others of their curve don't stretch"
+    ends = [y for o in curves for y in _without_outliers(o, share, far)]
+    if not ends: return 0.,1.,sum(map(len, curves))
+    low,high = min(ends),max(ends)
     pad = .05*(high-low) or .05*abs(high) or 1.
-    return low-pad,high+pad,int(((ys<low-pad)|(ys>high+pad)).sum())+sum(not math.isfinite(o) for o in values)
+    return low-pad,high+pad,sum(not low-pad<=y<=high+pad for o in curves for y in o)
 
 def _smooth(xs, n):
     n = max(1, n)
@@ -58,23 +64,25 @@ def plot_run(
     baseline:RunFolder=None # Its supervised baseline, drawn dashed
 )->plt.Figure:
     "Losses, accuracies, learning rate, and each figure of each objective, over the steps of a run and of its baseline"
-    each = [(run_name(run.results),'-',_curves(run))]+([('baseline','--',_curves(baseline))] if baseline else [])
+    each = [('run','-',_curves(run))]+([('baseline','--',_curves(baseline))] if baseline else [])
     chance = dict(_chance, **(run.results.get('chance') or {}))
     panels = [o for o in _titles if any(c[o] for _,_,c in each)]
     fig,axs = plt.subplots(-(-len(panels)//2), 2, figsize=(9.5,3.3*-(-len(panels)//2)), layout='constrained', squeeze=False)
     for ax in axs.flat[len(panels):]: ax.axis('off')
     for ax,p in zip(axs.flat, panels):
-        names,values = list(dict.fromkeys(n for _,_,c in each for n in c[p])),[y for _,_,c in each for _,ys in c[p].values() for y in ys if not (p.startswith('objective') or p=='other') or not math.isnan(y)]   # those before an objective begins aren't there
+        names = list(dict.fromkeys(n for _,_,c in each for n in c[p]))
+        curves = [[y for y in ys if not (p.startswith('objective') or p=='other') or not math.isnan(y)] for _,_,c in each for _,ys in c[p].values()]   # those before an objective begins aren't there
         lines = {100*chance[o] for o in names if o in chance} if p in ('objective','accuracy') else set()
-        low,high,beyond = robust_limits([*values, *lines])
+        low,high,beyond = robust_limits(*curves, lines)
         for who,st,c in each:
             for n,(x,y) in c[p].items():
                 one = {'accuracy':who, 'learning rate':who}.get(n, f'{n}, baseline' if st=='--' else n)
                 ax.plot(x, y, f'C{names.index(n)}{st}', marker='.' if len(x)<=50 and p not in ('lr',) else None, label=one, alpha=.8)
         for o in lines: ax.axhline(o, color='grey', ls=':', lw=1, label=f'chance, {o:.3g} %')
-        ax.set(ylim=(low,high), xlabel='step', title=_titles[p]+(f' ({beyond:,} of {len(values):,} values beyond the frame)' if beyond else ''))
+        ax.set(ylim=(low,high), xlabel='step', title=_titles[p]+(f' ({beyond:,} of {sum(map(len, curves)):,} values beyond the frame)' if beyond else ''))
         ax.title.set_fontsize(10)
         ax.legend(fontsize=8, frameon=False, ncols=2, loc='upper center', bbox_to_anchor=(.5,-.18))
+    fig.suptitle(textwrap.fill(run_name(run.results), 100), fontsize=10)
     return fig
 
 # %% ../nbs/12b_run_report.ipynb #6f2d3660

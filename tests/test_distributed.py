@@ -167,6 +167,10 @@ def test_messages(ranks, backward):
     "two processes, a step with `ResumeTraining` and the look for losses that aren't finite: one message each, and one for all gradients that the wrapper doesn't see, however many parameters there are"
     assert all(o['messages '+backward]==dict(all_reduce=3) for o in ranks)
 
+def test_largest(ranks):
+    "two processes, numbers: the largest of each in both"
+    assert all(o['largest']==[1,1,0] for o in ranks)
+
 def test_patience(ranks):
     "two processes, `local_first`: others wait for hours for what the first one fetches"
     assert all(o['patience']>=3600 for o in ranks)

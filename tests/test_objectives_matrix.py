@@ -229,7 +229,7 @@ def test_batch_of_one_and_batchnorm_of_vectors(dls):
     "`vision_learner`, whose head has BatchNorm over the batch alone: an unlabelled batch of one is refused in one sentence"
     data = PairedDataLoaders.from_folder(dls.path, size=32, unlabeled_bs=1, bs=4, num_workers=0, seed=0, n_steps=1, verbose=False)
     learn = vision_learner(data, resnet18, pretrained=False); learn.remove_cb(ProgressCallback); learn.logger = noop
-    with pytest.raises(ValueError, match="one unlabelled image.*use an unlabeled_bs of 2 or more, or bn='running'"): learn.fit(1, 1e-3, cbs=EntropyMin(.1))
+    with pytest.raises(ValueError, match="one unlabelled image.*use an unlabeled_bs of 2 or more for each BatchNorm group, or bn='running'"): learn.fit(1, 1e-3, cbs=EntropyMin(.1))
     learn.fit(1, 1e-3, cbs=EntropyMin(.1, bn='running')); assert len(learn.recorder.losses)==1
 
 @pytest.mark.parametrize('labels,words', [(dict(a='a', b='b'),'class c has no label'), (dict(a='a', b='a'),'classes b, c has no label')])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.vision.all import Callback,Datasets,Learner,Normalize,SGD,Transform,accuracy,noop,rank_distrib
-from sesemi_fastai.all import PairedDataLoaders,ResumeTraining,RotationPretext,StepSeed,local_first
+from sesemi_fastai.all import PairedDataLoaders,ResumeTraining,RotationPretext,StepSeed,local_first,max_over_processes
 from sesemi_fastai.run import StopDiverged
 
 class Paint(Transform):
@@ -82,6 +82,7 @@ if __name__=='__main__':
     from fastai.vision.all import TerminateOnNaNCallback
     rank,facts = rank_distrib(),{}
     local_first(noop)
+    facts['largest'] = max_over_processes(rank, 1-rank, False)
     facts['patience'] = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device('cpu')).options._timeout.total_seconds()
     for backward in ('joint','sequential'):
         learn = learner(data(4,2), Messages(), StopDiverged(), ResumeTraining(f'{sys.argv[1]}/resume-{backward}'), backward=backward); fit(learn); facts['messages '+backward] = learn.messages.per_step
