@@ -37,7 +37,7 @@ def from_all(
 
 def max_over_processes(
     *xs:int, # This process's numbers
-    device='cpu' # Of this process's model, which is what the processes compare by
+    device='cpu' # That the process group's messages travel from: the model's
 )->list: # As many numbers
     "The largest of each of `xs` over processes, by one message: for what is asked at each step"
     if num_distrib()<2: return list(xs)
@@ -50,7 +50,8 @@ def average_over_processes(
     tensors # Of the same shapes in each process, such as gradients
 ):
     "Each of `tensors` becomes its mean over processes, by one message for each type"
-    for same in (tensors if num_distrib()>1 else []) and groupby(tensors, lambda o: o.dtype).values():
+    if num_distrib()<2: return
+    for same in groupby(tensors, lambda o: o.dtype).values():
         flat = torch.cat([o.flatten() for o in same])
         torch.distributed.all_reduce(flat)
         torch._foreach_copy_(same, [f.view_as(o) for f,o in zip((flat/num_distrib()).split([o.numel() for o in same]), same)])

@@ -188,7 +188,7 @@ def before_train(self:ResumeTraining):
         if state['done']: fit.done = True; raise CancelFitException
         fit.shift = state['step']
     self.learn.dl = steady_loader(self.learn.dl)
-    if fit.stop.got: self._stop()
+    self._stop_if_asked()
 
 # %% ../nbs/13d_resume.ipynb #13a00030
 @patch
@@ -225,9 +225,9 @@ def after_batch(self:ResumeTraining):
     n,unit = self._every
     done,last = self.learn.train_iter,self.iter+1==self.n_iter
     due = (done%n==0 if unit=='step' else last and (self.epoch+1)%n==0 if unit=='epoch' else time.time()-fit.saved[0]>=60*n)
-    due,fit.stop.got = max_over_processes(due, fit.stop.got, device=self.learn.loss.device)   # all stop and save at the same step
-    if due or last or fit.stop.got: self._note(self.iter+1)
-    if fit.stop.got: self._stop()
+    due,got = max_over_processes(due, fit.stop.got, device=self.learn.loss.device)   # all stop and save at the same step
+    if due or last or got: self._note(self.iter+1)
+    if got: self._stop(got)
     if due: self._save()
 
 @patch
@@ -253,8 +253,7 @@ def after_epoch(self:ResumeTraining):
     fit = self._fit
     if fit is None or fit.runs: return
     if hasattr(self.learn,'recorder'): self.rows.append(list(self.recorder.log))
-    if num_distrib()>1: fit.stop.got = max(from_all(fit.stop.got))
-    if fit.stop.got: self._stop()
+    self._stop_if_asked()
 
 @patch
 def after_fit(self:ResumeTraining):
@@ -268,9 +267,16 @@ def after_fit(self:ResumeTraining):
     self._end()
 
 @patch
-def _stop(self:ResumeTraining):
-    "Save what was noted, and raise `TrainingStopped` with the way to go on"
+def _stop_if_asked(self:ResumeTraining):
+    "In all processes, where one of them was"
+    got, = max_over_processes(self._fit.stop.got, device=first(self.learn.model.parameters()).device)
+    if got: self._stop(got)
+
+@patch
+def _stop(self:ResumeTraining, got=None):
+    "Save what was noted, and raise `TrainingStopped` with the way to go on; `got` is the signal, where another process may have had it"
     fit,at = self._fit,self._fit.last
+    got = got or fit.stop.got
     fit.stop.at_once = None
     children = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if fit.stop.old and hasattr(signal,'SIGCHLD') else None   # workers that are stopped too must not break off the writing
     try: saved = at is not None and self._save()
@@ -278,7 +284,7 @@ def _stop(self:ResumeTraining):
         if children is not None: signal.signal(signal.SIGCHLD, children)
     where = f"at epoch {at.epoch}, after step {at.step} of {len(self.learn.dls.train)}" if at else "before the first step"
     how = f"; saved in {self._folder}" if saved else f"; it could not be saved in {self._folder}" if at else ", with nothing to save yet"
-    raise TrainingStopped(f"Stopped by {signal.Signals(fit.stop.got).name} {where}{how}. To go on: {self._command or 'run the same fit again'}", fit.stop.got)
+    raise TrainingStopped(f"Stopped by {signal.Signals(got).name} {where}{how}. To go on: {self._command or 'run the same fit again'}", got)
 
 @patch
 def _stop_now(self:ResumeTraining, num):

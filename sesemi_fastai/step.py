@@ -34,15 +34,15 @@ class BFloat16(PassCallback):
     def before_batch(self):
         "Raises `ValueError` on a CPU where images are so small that gradients would be wrong, see `small_maps`"
         x = self.xb[0] if self.training else None
-        if isinstance(x, Tensor) and x.device.type=='cpu' and x.ndim==4 and x.shape[1:]!=self._looked and self._low():
+        if isinstance(x, Tensor) and x.device.type=='cpu' and x.ndim==4 and x.shape[1:]!=self._looked and self._on():
             forget_next_pass(self.learn.model)
             small,self._looked = small_maps(plain_model(self.learn.model), x.as_subclass(Tensor)),x.shape[1:]
-            if small: raise ValueError(f"Images of {x.shape[-2]}×{x.shape[-1]} px are too small for bfloat16 on a CPU: {small[0]} of {type(plain_model(self.learn.model)).__name__} has a stride larger than its maps, where torch's gradients are wrong; use larger images, or float32, without BFloat16.")
+            if small: raise ValueError(f"Images of {x.shape[-2]}×{x.shape[-1]} px are too small for bfloat16 on a CPU: {small[0]} of {type(plain_model(self.learn.model)).__name__} has a stride larger than its maps, where torch's gradients are wrong; use larger images, or float32: leave BFloat16 out, or take recipe='gentle'.")
         super().before_batch()
-    def _low(self): return not any(isinstance(o, MixedPrecision) for o in self.learn.cbs)
+    def _on(self): return not any(isinstance(o, MixedPrecision) for o in self.learn.cbs)
     def pass_context(self):
         "Autocast, unless `MixedPrecision` is there"
-        if not self._low(): return nullcontext()
+        if not self._on(): return nullcontext()
         return torch.autocast(first(self.learn.model.parameters()).device.type, torch.bfloat16)
 
 # %% ../nbs/10a_step.ipynb #88773cf3

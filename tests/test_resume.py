@@ -6,6 +6,7 @@ from torch import nn
 from fastai.vision.all import (Callback,GradientAccumulation,ImageDataLoaders,Learner,ProgressCallback,Resize,accuracy,aug_transforms,
     get_image_files,noop,set_seed)
 from sesemi_fastai.all import *
+from sesemi_fastai import resume
 from sesemi_fastai.checkpoint import unpack_state,write_checkpoint
 from sesemi_fastai.imagewang import imagewang_command
 sys.path.insert(0, str(Path(__file__).parent))
@@ -92,6 +93,19 @@ def test_signal_to_the_process_group(processes, folder, tmp_path, moment, sig, s
     assert run(processes, folder, out, kw, log=log, every=100)==0, log.read_text()[-2000:]
     same(load(tmp_path/'whole.pt'), load(out))
 
+def test_signal_to_one_of_two(processes, folder, tmp_path):
+    "Two processes, of which one has the signal: both stop at the same step, and name it"
+    pytest.importorskip('accelerate')
+    pause,port,logs = tmp_path/'pause',free_port(),[tmp_path/f'log-{r}' for r in range(2)]
+    ps = [processes.Process(target=killed.train, args=(folder, tmp_path/'cut.pt', dict(num_workers=0)), kwargs=dict(moment=('after_loss',3), every=100, log=logs[r], rank=r, port=port, pause=None if r else pause)) for r in range(2)]
+    for p in ps: p.start()
+    end = time.time()+120
+    while not pause.exists() and ps[0].is_alive(): assert time.time()<end; time.sleep(.02)
+    os.kill(ps[0].pid, signal.SIGTERM)
+    for p in ps: p.join(120)
+    assert [p.exitcode for p in ps]==[128+signal.SIGTERM]*2, [o.read_text()[-2000:] for o in logs]
+    assert all('Stopped by SIGTERM at epoch 0, after step 3 of 5; saved' in o.read_text() for o in logs)
+
 def test_killed_in_the_second_fit_of_fine_tune(processes, folder, tmp_path):
     survive(processes, folder, tmp_path, [('after_batch',8),('after_loss',3)], dict(num_workers=0), every=2, tune=True)
 
@@ -107,6 +121,16 @@ def small_fit(folder, *cbs):
     learn = cfg.learner(cfg.dls()); learn.remove_cb(ProgressCallback); learn.logger = noop
     learn.fit_poly_warmup(1, .05, cbs=list(cbs))
     return learn
+
+def test_signal_while_processes_agree(folder, tmp_path, monkeypatch):
+    "A signal that comes while they ask each other for one isn't lost: the next step notices it"
+    was,sent = resume.max_over_processes,[]
+    def agree(*xs, **kwargs):
+        res = was(*xs, **kwargs)
+        if len(xs)>1 and not sent: sent.append(signal.raise_signal(signal.SIGTERM))
+        return res
+    monkeypatch.setattr(resume, 'max_over_processes', agree)
+    with pytest.raises(TrainingStopped, match='SIGTERM at epoch 0, after step 2 of 3; saved'): small_fit(folder, ResumeTraining(tmp_path/'ckpt', 100))
 
 def test_forked_process_writes_no_checkpoint(folder, tmp_path):
     "A signal to a process that was forked within a fit goes to the handler that was there before"
