@@ -269,7 +269,7 @@ mutants = [
     M('step', 'and small_maps(model, x): res', 'and False: res', 'step'),
     M('step', 'and x.shape[1:]!=self._looked and self._on()', 'and x.shape[1:]!=self._looked', 'step'),
     M('objective_text', '1-math.ceil(round(start*steps, 6))/steps', '1-start', 'objective_text'),
-    M('run', 'cfg.passes_per_step(baseline, steps=total)', 'cfg.passes_per_step(baseline)', 'run test_runs.py test_fast.py'),
+    M('run', 'cfg.passes_per_step(baseline, steps=total)', 'cfg.passes_per_step(baseline)', 'test_runs.py::test_passes_of_a_late_objective'),
     M('report', 'if statistics.stdev(pairs)==0: return pairs[0],None,None,len(pairs)', 'pass', 'report'),
     M('run_report', "each = [('run','-'", "each = [(run_name(run.results),'-'", 'run_report'),
     M('run_report', 'robust_limits(*curves, lines)', 'robust_limits([y for o in curves for y in o], lines)', 'run_report'),

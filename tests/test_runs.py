@@ -129,6 +129,17 @@ def test_objectives_of_the_command(folder, tmp_path, capsys):
     assert {'rotation_loss','rotation_acc','fixmatch_loss','fixmatch_used'}<=set(read_csv(tmp_path/'out/run-0/history.csv'))
     assert res['run']['chance']['rotation_acc']==.25 and 'one run and one baseline' in text
 
+def test_passes_of_a_late_objective(folder, tmp_path, monkeypatch):
+    "Those that the results name are what went through the network, in a run so short that the share of its steps isn't that of the training"
+    counted,was = [],RunConfig.learner
+    def learner(self, dls):
+        learn = was(self, dls)
+        learn.model.register_forward_hook(lambda m,inp,out: counted.append(len(inp[0])*(1 if torch.is_grad_enabled() else 1/3)) if m.training else None)
+        return learn
+    monkeypatch.setattr(RunConfig, 'learner', learner)
+    res = train_run(config(folder, steps=6, objective='rotation+fixmatch(start_pct=.7, threshold=.3)'), tmp_path/'run', plain=True)
+    assert len(counted)==6*2+1*2 and res['image_passes']==round(sum(counted))
+
 def test_averaged_weights_of_the_command(folder, tmp_path):
     "Of the run and of its baseline; another decay is another run"
     cfg = config(folder, ema=.5)
