@@ -56,8 +56,6 @@ def average_over_processes(
         torch.distributed.all_reduce(flat)
         torch._foreach_copy_(same, [f.view_as(o) for f,o in zip((flat/num_distrib()).split([o.numel() for o in same]), same)])
 
-_patience = timedelta(hours=3)   # others wait as long for what the first one fetches; nccl's own ten minutes are too short for that
-
 def local_first(
     f, # Called in the first process of each machine, then in its others
     *args
@@ -66,7 +64,12 @@ def local_first(
     if num_distrib()<2: return f(*args)
     try: from accelerate import PartialState
     except ModuleNotFoundError: raise ImportError("Training in several processes needs accelerate: pip install 'sesemi_fastai[distributed]'.") from None
-    with PartialState(cpu=not torch.cuda.is_available(), timeout=_patience).local_main_process_first(): return f(*args)
+    goes_first = PartialState(cpu=not torch.cuda.is_available()).is_local_main_process
+    patient = torch.distributed.new_group(backend='gloo', timeout=timedelta(hours=6))   # nccl gives up after ten minutes, which a download may take
+    if not goes_first: torch.distributed.barrier(group=patient)
+    res = f(*args)
+    if goes_first: torch.distributed.barrier(group=patient)
+    return res
 
 def on_processes(
     learn:Learner, # Within the context it trains in all of them

@@ -1,5 +1,6 @@
 "A training process that is killed or stopped at a given moment, and what it leaves; started by `test_resume.py` from a fork server that has everything imported"
 import multiprocessing,os,random,signal,sys,time
+from datetime import timedelta
 from pathlib import Path
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ def train(folder, out, kw, moment=None, every=1, backward='joint', log=os.devnul
     "Train, or go on, and leave in `out` all that a run ends with; the first process dies, or is stopped, at `moment`"
     sys.stdout = sys.stderr = open(log, 'a')
     if pause: os.setpgid(0, 0)   # a group of its own, with its workers
-    if port: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU='true')
+    if port: one_of_two(rank, port)
     torch.set_num_threads(1)
     multiprocessing.set_start_method('fork', force=True)   # for the loaders' workers: a fork server of their own would import everything again
     cfg = RunConfig(str(folder), 'noise', **(dict(size=32, epochs=EPOCHS, arch='resnet10_16', unlabeled_bs=4, steps=STEPS, lr=.05, backward=backward)|kw))
@@ -90,6 +91,19 @@ def fit(cfg, out, moment, every, rank, pause, tune):
     kept = {o.name:o.state_dict() for o in objectives}|({'ema':learn.ema.n_updates} if cfg.ema else {})
     torch.save(checkpoint.pack_state(dict(kept=kept, model=dict(learn.model.state_dict()), opt=opt, preds=preds, values=[list(o) for o in rec.values], losses=rec.losses, hps=dict(rec.hps), lrs=rec.lrs, iters=rec.iters)), part)
     os.replace(part, out)
+
+def one_of_two(rank, port): os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU='true')
+
+def fetch(folder, rank, port):
+    "What the first process fetches takes longer than processes otherwise wait for each other"
+    from accelerate import PartialState
+    one_of_two(rank, port)
+    PartialState(cpu=True, timeout=timedelta(seconds=2))
+    def get():
+        if rank==0: time.sleep(5); (folder/'fetched').touch()
+        elif (folder/'fetched').exists(): (folder/f'seen-{rank}').touch()
+    local_first(get)
+    os._exit(0)   # gloo's own end may wait for the other
 
 def leave_open(folder):
     "A pass of a loader with workers that is given up, and another that is open when the process ends"

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest,torch
 import torch.nn.functional as F
 from torch import nn
+import killed
+from test_resume import free_port
 from two_processes import data,learner,net
 from sesemi_fastai.all import BatchNormGroups,RunConfig,get_arch,replace_classifier
 from sesemi_fastai.streams import random_key
@@ -171,9 +173,15 @@ def test_largest(ranks):
     "two processes, numbers: the largest of each in both"
     assert all(o['largest']==[1,1,0] for o in ranks)
 
-def test_patience(ranks):
-    "two processes, `local_first`: others wait for hours for what the first one fetches"
-    assert all(o['patience']>=3600 for o in ranks)
+def test_patience(processes, tmp_path):
+    "two processes, `local_first`: others wait longer for what the first one fetches than for anything else"
+    pytest.importorskip('accelerate'); port = free_port()
+    ps = [processes.Process(target=killed.fetch, args=(tmp_path, rank, port)) for rank in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join(60)
+    codes = [p.exitcode for p in ps]
+    for p in ps: p.kill()
+    assert codes==[0,0] and (tmp_path/'seen-1').exists()
 
 def test_refusals(ranks):
     "two processes, refused with words: fewer images than a batch of all"

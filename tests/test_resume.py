@@ -103,7 +103,9 @@ def test_signal_to_one_of_two(processes, folder, tmp_path):
     while not pause.exists() and ps[0].is_alive(): assert time.time()<end; time.sleep(.02)
     os.kill(ps[0].pid, signal.SIGTERM)
     for p in ps: p.join(120)
-    assert [p.exitcode for p in ps]==[128+signal.SIGTERM]*2, [o.read_text()[-2000:] for o in logs]
+    codes = [p.exitcode for p in ps]
+    for p in ps: p.kill()
+    assert codes==[128+signal.SIGTERM]*2, [o.read_text()[-2000:] for o in logs]
     assert all('Stopped by SIGTERM at epoch 0, after step 3 of 5; saved' in o.read_text() for o in logs)
 
 def test_killed_in_the_second_fit_of_fine_tune(processes, folder, tmp_path):

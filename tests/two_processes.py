@@ -83,7 +83,6 @@ if __name__=='__main__':
     rank,facts = rank_distrib(),{}
     local_first(noop)
     facts['largest'] = max_over_processes(rank, 1-rank, False)
-    facts['patience'] = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device('cpu')).options._timeout.total_seconds()
     for backward in ('joint','sequential'):
         learn = learner(data(4,2), Messages(), StopDiverged(), ResumeTraining(f'{sys.argv[1]}/resume-{backward}'), backward=backward); fit(learn); facts['messages '+backward] = learn.messages.per_step
     for backward in ('joint','sequential'):
