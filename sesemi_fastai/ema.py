@@ -8,6 +8,7 @@ __all__ = ['copy_model', 'EMA']
 # %% ../nbs/07e_ema.ipynb #07e00002
 from fastai.vision.all import *
 import itertools
+from .distributed import *
 from .transient import *
 from .features import plain_model
 from .losses import process_count
@@ -70,9 +71,7 @@ def _versions(self): return [(id(p),p._version) for p in plain_model(self.learn.
 def _rank0_floats(xs):
     "In distributed training, the first process's `xs`"
     if process_count()<2 or not xs: return xs
-    flat = torch.cat([o.flatten().double() for o in xs])
-    torch.distributed.broadcast(flat, 0)
-    return [f.view_as(o).to(o.dtype) for f,o in zip(flat.split([o.numel() for o in xs]), xs)]
+    return [f.to(o.dtype) for f,o in zip(in_one_message([o.double() for o in xs], partial(torch.distributed.broadcast, src=0)), xs)]
 
 @patch
 @torch.no_grad()

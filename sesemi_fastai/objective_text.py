@@ -74,5 +74,7 @@ def passes_per_image(
     steps:int=None # Of the run, for the average: with few of them, what begins late has a smaller share
 )->float:
     "Image passes for each unlabelled image of a step, forward and backward; one that is only forward counts a third, one that two objectives share counts for each"
-    share = lambda start: start<=pct if pct is not None else 1-start if steps is None else 1-math.ceil(round(start*steps, 6))/steps   # of steps that begin no earlier
+    def share(start):
+        if pct is not None: return start<=pct
+        return 1-start if steps is None else 1-math.ceil(round(start*steps, 6))/steps   # of steps that begin no earlier
     return sum(o.passes_per_image*share(o.start_pct) for o in objectives)

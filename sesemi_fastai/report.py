@@ -114,6 +114,10 @@ imagewang_extra = 13394   # And those of the ten folders of train that val hasn'
 row_crop = {128:128, 192:192, 256:224}   # Side of the training crop, in pixels, by the size of the row
 
 # %% ../nbs/12_report.ipynb #0d45159a
+_rounding = 1e-4   # Points; a share of images is off by less in its last digits
+
+def _alike(xs): return max(xs)-min(xs)<_rounding
+
 def difference_interval(
     runs:dict, # Accuracy in percent by seed
     baselines:dict, # The same of the baselines
@@ -122,14 +126,14 @@ def difference_interval(
     "Mean difference in points, and its confidence interval where there are enough runs for one"
     pairs = [runs[k]-baselines[k] for k in runs if k in baselines]
     if len(pairs)>1:
-        if statistics.stdev(pairs)==0: return pairs[0],None,None,len(pairs)   # by chance, of few validation images
+        if _alike(pairs): return pairs[0],None,None,len(pairs)   # by chance, of few validation images
         mean,half = statistics.mean(pairs),stats.t.ppf((1+level)/2, len(pairs)-1)*statistics.stdev(pairs)/len(pairs)**.5
         return mean,mean-half,mean+half,len(pairs)
     a,b = list(runs.values()),list(baselines.values())
     mean = statistics.mean(a)-statistics.mean(b)
     if min(len(a),len(b))<2: return mean,None,None,len(pairs)
     va,vb = statistics.variance(a)/len(a),statistics.variance(b)/len(b)
-    if va+vb==0: return mean,None,None,len(pairs)
+    if _alike(a) and _alike(b): return mean,None,None,len(pairs)
     half = stats.t.ppf((1+level)/2, (va+vb)**2/(va**2/(len(a)-1)+vb**2/(len(b)-1)))*(va+vb)**.5
     return mean,mean-half,mean+half,0
 

@@ -13,7 +13,8 @@ from .html import *
 from .report import *
 
 # %% ../nbs/12b_run_report.ipynb #8cd941d9
-def _without_outliers(values, share, far):
+def _ends(values, share, far):
+    "The lowest and the highest of `values` that are no outliers, where any is finite"
     ys = np.sort([o for o in values if math.isfinite(o)])
     if not len(ys): return []
     k = max(1, int(share*len(ys))) if len(ys)>3 else 0
@@ -27,7 +28,7 @@ def robust_limits(
     far:float=6. # How many times the range of the others an outlier is away from them
 )->tuple: # Limits, and how many values are beyond them
     "Limits of an axis that a few values far from all others of their curve don't stretch"
-    ends = [y for o in curves for y in _without_outliers(o, share, far)]
+    ends = [y for o in curves for y in _ends(o, share, far)]
     if not ends: return 0.,1.,sum(map(len, curves))
     low,high = min(ends),max(ends)
     pad = .05*(high-low) or .05*abs(high) or 1.

@@ -68,8 +68,9 @@ def native_cbs(
     "Callbacks for the formats that the recipe of `dls` asks for and the hardware has"
     if not getattr(getattr(dls,'recipe',None),'native',False): return []
     device = torch.device(dls.device or 'cpu')
-    res = [cb() for cb,ok in zip((BFloat16,ChannelsLast), native_formats(device)) if ok]
-    if device.type=='cpu' and model is not None and small_maps(model, x): res = [o for o in res if not isinstance(o, BFloat16)]
+    low,last,_ = native_formats(device)
+    low = low and not (device.type=='cpu' and model is not None and small_maps(model, x))
+    res = [cb() for cb,ok in ((BFloat16,low),(ChannelsLast,last)) if ok]
     return [o for o in res if not any(isinstance(c, type(o)) for c in cbs)]
 
 def training_formats(

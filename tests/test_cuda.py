@@ -242,7 +242,7 @@ x = torch.randn(512,512, device='cuda'); x@x
 with deterministic_algorithms(): assert all(torch.equal(x@x, x@x) for _ in range(20))"""
     env = {k:v for k,v in os.environ.items() if k!='CUBLAS_WORKSPACE_CONFIG'}
     r = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, cwd=here.parent, env=env)
-    assert r.returncode==0 or 'start Python with the environment variable CUBLAS_WORKSPACE_CONFIG' in r.stderr, r.stderr
+    assert r.returncode==0 or 'ValueError' in r.stderr and 'start Python with the environment variable CUBLAS_WORKSPACE_CONFIG' in r.stderr, r.stderr
 
 # what it costs
 

@@ -6,7 +6,7 @@ import pytest,torch
 import torch.nn.functional as F
 from torch import nn
 import killed
-from test_resume import free_port
+from test_resume import ended,free_port
 from two_processes import data,learner,net
 from sesemi_fastai.all import BatchNormGroups,RunConfig,get_arch,replace_classifier
 from sesemi_fastai.streams import random_key
@@ -178,10 +178,7 @@ def test_patience(processes, tmp_path):
     pytest.importorskip('accelerate'); port = free_port()
     ps = [processes.Process(target=killed.fetch, args=(tmp_path, rank, port)) for rank in range(2)]
     for p in ps: p.start()
-    for p in ps: p.join(60)
-    codes = [p.exitcode for p in ps]
-    for p in ps: p.kill()
-    assert codes==[0,0] and (tmp_path/'seen-1').exists()
+    assert ended(ps)==[0,0] and (tmp_path/'seen-1').exists()
 
 def test_refusals(ranks):
     "two processes, refused with words: fewer images than a batch of all"

@@ -72,12 +72,23 @@ def test_killed_with_the_best_recipe_and_its_options(processes, folder, tmp_path
     kw = dict(num_workers=0, recipe='best', cache='none', size=64, arch='resnet10_8', extra='both', mixup=.4, progressive=.6, ema=.9, lr=.008, objective='rotation(views=one)+fixmatch(start_pct=.5, threshold=.2)')
     survive(processes, folder, tmp_path, [moment], kw, every=2, ranks=ranks)
 
+def wait_for(pause, p):
+    "Until `p` is at its moment, or has ended"
+    end = time.time()+120
+    while not pause.exists() and p.is_alive(): assert time.time()<end; time.sleep(.02)
+
+def ended(ps):
+    "How processes ended, None where one hangs; none is left behind"
+    for p in ps: p.join(120)
+    codes = [p.exitcode for p in ps]
+    for p in ps: p.kill()
+    return codes
+
 def stopped(processes, folder, out, kw, moment, signals, to_group=True, **more):
     "How a run ended that waited at `moment`, where `signals` were sent to it and its workers, as a scheduler or a terminal does"
     pause = out.with_suffix('.pause'); pause.unlink(missing_ok=True)
     p = processes.Process(target=killed.train, args=(folder, out, kw), kwargs=dict(moment=moment, pause=pause)|more); p.start()
-    end = time.time()+120
-    while not pause.exists() and p.is_alive(): assert time.time()<end; time.sleep(.02)
+    wait_for(pause, p)
     for s in signals if pause.exists() else []: (os.killpg if to_group else os.kill)(p.pid, s)
     p.join(120); assert p.exitcode is not None, 'the process hangs'
     return p.exitcode
@@ -99,13 +110,8 @@ def test_signal_to_one_of_two(processes, folder, tmp_path):
     pause,port,logs = tmp_path/'pause',free_port(),[tmp_path/f'log-{r}' for r in range(2)]
     ps = [processes.Process(target=killed.train, args=(folder, tmp_path/'cut.pt', dict(num_workers=0)), kwargs=dict(moment=('after_loss',3), every=100, log=logs[r], rank=r, port=port, pause=None if r else pause)) for r in range(2)]
     for p in ps: p.start()
-    end = time.time()+120
-    while not pause.exists() and ps[0].is_alive(): assert time.time()<end; time.sleep(.02)
-    os.kill(ps[0].pid, signal.SIGTERM)
-    for p in ps: p.join(120)
-    codes = [p.exitcode for p in ps]
-    for p in ps: p.kill()
-    assert codes==[128+signal.SIGTERM]*2, [o.read_text()[-2000:] for o in logs]
+    wait_for(pause, ps[0]); os.kill(ps[0].pid, signal.SIGTERM)
+    assert ended(ps)==[128+signal.SIGTERM]*2, [o.read_text()[-2000:] for o in logs]
     assert all('Stopped by SIGTERM at epoch 0, after step 3 of 5; saved' in o.read_text() for o in logs)
 
 def test_killed_in_the_second_fit_of_fine_tune(processes, folder, tmp_path):

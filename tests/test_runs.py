@@ -89,6 +89,8 @@ def test_command_with_baseline(folder, tmp_path):
     assert res['seed']==1 and res['steps']==6 and res['image_passes']==192 and 0<=res['accuracy']<=100
     assert json.loads((out/'baseline-1/results.json').read_text())['image_passes']==96
     page = (out/'report.html').read_text(encoding='utf-8'); assert page.count('src="data:image/png')==2 and 'src="http' not in page and '192 (96 of a baseline)' not in page and 'Difference: ' in page
+    acc = {k:[json.loads((out/f'{k}-{s}/results.json').read_text())['accuracy'] for s in (0,1)] for k in ('run','baseline')}
+    assert ('Student' in page)==(abs(acc['run'][0]-acc['baseline'][0]-acc['run'][1]+acc['baseline'][1])>1e-3)   # none of pairs alike by chance, of eight images
     assert '|32|2|SESEMI|' in (out/'leaderboard.md').read_text() and '2,mean&pm;std' in (out/'leaderboard.md').read_text()
     acc = (out/'run-1/history.csv').read_text().splitlines()[-1].split(',')[3]
     assert abs(float(acc)*100-res['accuracy'])<1e-4
