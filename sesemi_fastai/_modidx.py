@@ -914,6 +914,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'sesemi_fastai/resume.py'),
                                       'sesemi_fastai.resume.ResumeTraining.after_fit': ( 'resume.html#resumetraining.after_fit',
                                                                                          'sesemi_fastai/resume.py'),
+                                      'sesemi_fastai.resume.ResumeTraining.before_epoch': ( 'resume.html#resumetraining.before_epoch',
+                                                                                            'sesemi_fastai/resume.py'),
                                       'sesemi_fastai.resume.ResumeTraining.before_fit': ( 'resume.html#resumetraining.before_fit',
                                                                                           'sesemi_fastai/resume.py'),
                                       'sesemi_fastai.resume.ResumeTraining.before_train': ( 'resume.html#resumetraining.before_train',

@@ -122,7 +122,7 @@ def _say(text):
 
 @patch
 def _before_epoch(self:ResumeTraining):
-    "Begin with the first epoch; pass over those that are done"
+    "Begin with the first epoch; in those that are done all callbacks sleep, but for the progress bar, which counts them"
     if self._fit is None:
         frame = running_fit(self.learn)
         if frame is None or hasattr(self.learn,'lr_finder'): return   # `validate`, `get_preds`, `lr_find`
@@ -131,8 +131,12 @@ def _before_epoch(self:ResumeTraining):
     self._wake(fit)
     if fit.source and not fit.source['done'] and self.learn.epoch<fit.source['epoch']:
         for cb in self.learn.cbs:
-            if cb is not self and cb is not self._first: fit.runs[cb] = vars(cb).get('run'); cb.run = False
-        raise CancelEpochException
+            if cb is not self and cb is not self._first and not isinstance(cb, ProgressCallback): fit.runs[cb] = vars(cb).get('run'); cb.run = False
+
+@patch
+def before_epoch(self:ResumeTraining):
+    "Pass over an epoch that is done"
+    if self._fit and self._fit.runs: raise CancelEpochException
 
 @patch
 def _begin(self:ResumeTraining, frame):

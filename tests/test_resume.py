@@ -1,9 +1,13 @@
 "A run that is killed, at any moment, ends as the run that was never stopped: bitwise"
 import errno,itertools,json,multiprocessing.connection,os,random,shlex,shutil,signal,socket,subprocess,sys,time,warnings
 from pathlib import Path
+from types import SimpleNamespace
 import pytest,torch
+from IPython import display
 from torch import nn
-from fastai.vision.all import (Callback,GradientAccumulation,ImageDataLoaders,Learner,ProgressCallback,Resize,accuracy,aug_transforms,
+import fastprogress.fastprogress as fastprogress
+from fastai.callback import progress
+from fastai.vision.all import (Callback,CSVLogger,GradientAccumulation,ImageDataLoaders,Learner,ProgressCallback,Resize,ShowGraphCallback,accuracy,aug_transforms,
     get_image_files,noop,set_seed)
 from sesemi_fastai.all import *
 from sesemi_fastai import resume
@@ -276,6 +280,26 @@ def test_generators_and_accumulation_come_back(folder, tmp_path, cbs):
     a,b = fit(1),fit(2, ResumeTraining(tmp_path/'ckpt', 1))   # the seed of the second is not what decides
     same(dict(a.model.state_dict()), dict(b.model.state_dict())); assert a.recorder.values==b.recorder.values
     assert len(a.recorder.losses)==9 and torch.equal(torch.stack(a.recorder.losses), torch.stack(b.recorder.losses))
+
+@pytest.mark.parametrize('notebook', [False,True], ids=['terminal','notebook'])
+def test_goes_on_with_progress_bars(folder, tmp_path, monkeypatch, notebook):
+    "fastai's bars, its graph and its CSV file, as they are by default, in a fit that goes on in its third epoch"
+    bars = (fastprogress.NBMasterBar,fastprogress.NBProgressBar) if notebook else (fastprogress.ConsoleMasterBar,fastprogress.ConsoleProgressBar)
+    for n,o in zip(('master_bar','progress_bar'), bars): monkeypatch.setattr(progress, n, o)
+    monkeypatch.setattr(display, 'display', lambda *args,**kw: SimpleNamespace(update=noop))   # outside of a notebook there is nothing to update
+    graphs = []
+    monkeypatch.setattr(bars[0], 'update_graph', lambda o,graphs_,*args,**kw: graphs.append(graphs_))
+    def fit(*cbs):
+        cfg = RunConfig(str(folder), 'noise', size=32, epochs=4, arch='resnet10_16', unlabeled_bs=4, steps=2, num_workers=0)
+        learn = cfg.learner(cfg.dls()); learn.path = tmp_path
+        learn.fit_poly_warmup(4, .05, cbs=[RotationPretext(), ShowGraphCallback(), CSVLogger(), *cbs])
+        return learn
+    with pytest.raises(RuntimeError, match='cut'): fit(ResumeTraining(tmp_path/'ckpt', 1), Cut(6))
+    b = fit(ResumeTraining(tmp_path/'ckpt', 1)); drawn,lines = graphs[-1],(tmp_path/'history.csv').read_text().splitlines()
+    finished,a = fit(ResumeTraining(tmp_path/'ckpt', 1)),fit()
+    for o in (b,finished): same(dict(a.model.state_dict()), dict(o.model.state_dict())); assert a.recorder.values==o.recorder.values
+    assert len(lines)==5 and [o.rsplit(',',1)[0] for o in lines]==[o.rsplit(',',1)[0] for o in (tmp_path/'history.csv').read_text().splitlines()]   # all but the time
+    assert [[len(o) for o in g] for g in drawn]==[[len(o) for o in g] for g in graphs[-1]] and all(len(x)==len(y) for x,y in drawn) and list(drawn[1][0])==[2,4,6,8]
 
 def command(folder, out, *more):
     return [sys.executable,'-W','ignore','-m','sesemi_fastai.imagewang',str(folder),'--size','32','--arch','resnet10_16','--epochs','2','--unlabeled_bs','4','--num_workers','0','--runs','2','--steps','30','--out',str(out),*more]

@@ -245,7 +245,8 @@ def tried_recipes(shares):
 # A part of a recipe, the trial where the published training has it, and the trial where `best` hasn't it, or, after a plus, has it beside its own
 recipe_parts = {'xresnet with SiLU for torchvision\'s ResNet':('protocol_xresnet','best_resnet'), 'Ranger, flat, then a cosine':('protocol_ranger','best_nesterov'), 'one random rotation of each of four times as many images':('protocol_one','best_four'), 'progressive resizing':('protocol_growing','best_no_growing'),
     'pseudo-labels late in training':('protocol_fixmatch','best_no_fixmatch'), 'rotation':(None,'best_no_rotation'), 'label smoothing':('protocol_smoothing','best_no_smoothing'), 'no dropout':('protocol_no_dropout',None), 'MixUp .4':('protocol_mixup','+best_mixup'), "Imagenette's classes as labels and images":('protocol_extra','+best_extra'),
-    "Imagenette's classes as labels":(None,'+best_labels'), "Imagenette's images in the pool":(None,'+best_images'), 'averaged weights':(None,'+best_ema'), '`val` in the pool':(None,'best_no_val')}
+    "Imagenette's classes as labels":(None,'+best_labels'), "Imagenette's images in the pool":(None,'+best_images'), 'averaged weights':(None,'+best_ema'), '`val` in the pool':(None,'best_no_val'),
+    'Ranger rather than AdamW, with the same schedule':(None,'best_adamw'), 'SiLU rather than ReLU':(None,'best_relu'), 'SiLU rather than Mish':(None,'best_mish'), "fastai's xresnet18 with SiLU rather than timm's resnet18d":(None,'best_timm'), '32 images of each kind a step rather than 64':(None,'best_bs64'), 'unlabelled passes move the running averages, too':(None,'best_bn')}
 
 def part_by_part():
     "Points of accuracy that a part gives at a quarter of the image passes, in the published training and in `best`, and in `best` with all of them, over the seeds that both have"
