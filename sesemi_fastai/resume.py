@@ -169,6 +169,7 @@ def _accept(self:ResumeTraining, state, path):
     learn,fit = self.learn,self._fit
     if diff := differences(state['settings'], fit.settings, self._allow):
         more = f'; and {len(diff)-8} more' if len(diff)>8 else ''
+        if any(o.startswith('labelled seed') for o in diff): more += f"; the DataLoaders of that run had seed={state['settings']['labelled seed']}, which is drawn anew where none is given"
         raise CheckpointError(f"{path} is of another run ({'; '.join(diff[:8])}{more}): use the same settings, data and versions, or another folder, or allow a difference with ResumeTraining(allow=[...]).")
     if state['python']!=platform.python_version(): warn(f"{path} was written by Python {state['python']}, and this is {platform.python_version()}: the run goes on, results may differ in the last digits.")
     self.rows,self.seconds,fit.source = state['rows'],state['seconds'],state
