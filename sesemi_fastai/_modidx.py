@@ -504,6 +504,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sesemi_fastai/learner.py'),
                                        'sesemi_fastai.learner.LabeledMixUp.after_train': ( 'learner.html#labeledmixup.after_train',
                                                                                            'sesemi_fastai/learner.py'),
+                                       'sesemi_fastai.learner.LabeledMixUp.before_batch': ( 'learner.html#labeledmixup.before_batch',
+                                                                                            'sesemi_fastai/learner.py'),
                                        'sesemi_fastai.learner.LabeledMixUp.before_train': ( 'learner.html#labeledmixup.before_train',
                                                                                             'sesemi_fastai/learner.py'),
                                        'sesemi_fastai.learner._rescale': ('learner.html#_rescale', 'sesemi_fastai/learner.py'),

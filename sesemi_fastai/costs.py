@@ -66,7 +66,7 @@ def seconds_per_pass(
     return (compute+traffic)/utilisation
 
 # %% ../nbs/14a_costs.ipynb #23eaac9d
-loader_speed = dict(reference=410, fast=2159)   # Images a second and core at 224 px, measured: tests/benchmarks/results/bench/pipeline.json
+loader_speed = dict(reference=384, fast=2230)   # Images a second and core at 224 px, measured: tests/benchmarks/results/bench/pipeline.json
 
 def row_costs(
     size:int, # Of the row: 128, 192 or 256

@@ -111,6 +111,10 @@ class LabeledMixUp(TransientCallback,MixUp):
         "Targets that are class numbers can't be mixed, their losses can"
         self.old_lf,self.stack_y = self.learn.loss_func,getattr(self.learn.loss_func,'y_int',False)
     def after_train(self): pass
+    def before_batch(self):
+        "An image alone stays as it is"
+        if len(self.x)>1: return super().before_batch()
+        self.lam,self.yb1 = self.x.new_ones(1),self.yb
     def after_loss(self):
         "The mixture of the losses"
         if not self.stack_y: return

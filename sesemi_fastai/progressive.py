@@ -40,8 +40,8 @@ class ProgressiveResize(TransientCallback):
     def resized(self,
         x:Tensor # `(B,C,H,W)`
     )->Tensor: # Of the same type
-        "Images of the sides that this step trains on"
-        if x.ndim!=4: return x
+        "Images of the sides that this step trains on; whole ones in `lr_find`, whose share of the training says nothing"
+        if x.ndim!=4 or hasattr(self.learn,'lr_finder'): return x
         size = [self.side(o, self.learn.pct_train) for o in x.shape[-2:]]
         return x if size==[*x.shape[-2:]] else F.interpolate(x, size=size, mode='bilinear', antialias=True)
     def check(self,

@@ -264,6 +264,8 @@ mutants = [
     M('distributed', '    if not goes_first: torch.distributed.barrier(group=patient)\n    res = f(*args)\n', '    res = f(*args)\n    if not goes_first: torch.distributed.barrier(group=patient)\n', 'test_distributed.py::test_patience'),
     M('distributed', 'op=torch.distributed.ReduceOp.MAX', 'op=torch.distributed.ReduceOp.MIN', 'test_distributed.py::test_largest'),
     M('resume', '    due,got = max_over_processes(due, fit.stop.got, device=self.learn.loss.device)', '    due,got = max_over_processes(due, fit.stop.got, device=self.learn.loss.device); fit.stop.got = got', 'test_resume.py::test_signal_while_processes_agree'),
+    M('learner', "        if len(self.x)>1: return super().before_batch()\n", "        return super().before_batch()\n", 'learner'),
+    M('progressive', " or hasattr(self.learn,'lr_finder')", "", 'progressive'),
     M('resume', " and not isinstance(cb, ProgressCallback)", "", 'test_resume.py::test_goes_on_with_progress_bars'),
     M('resume', '    got = got or fit.stop.got', '    got = fit.stop.got', 'test_resume.py::test_signal_to_one_of_two'),
     M('losses', 'with torch.autocast(z1.device.type, enabled=False): c', 'with torch.autocast(z1.device.type, enabled=torch.is_autocast_enabled(z1.device.type)): c', 'losses'),
