@@ -4,7 +4,7 @@ from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from readme import differences,data_words,objective_runs,objective_words,recipe_runs,root
+from readme import differences,equal_share,data_words,objective_runs,objective_words,recipe_runs,root
 
 def effect(folder=root/'tests/benchmarks/results/imagewang-80', to=root/'nbs/images/effect.png'):
     "Validation accuracy of runs and their supervised baselines, by step"
@@ -54,7 +54,7 @@ def curves(runs):
 def recipes(to=root/'nbs/images/recipes.png'):
     "Accuracy over image passes, and over the time that they took: a line for each run"
     of = lambda share,name: recipe_runs().get(share,{}).get(name,[])
-    lines = [('best',of(1.,'best'),'tab:blue'), ('best, .3 of the passes',of(.3,'best'),'tab:green'), ('best, supervised baseline',of(1.,'best, supervised baseline'),'tab:cyan'), ('published training, fast recipe',of(1.,'protocol'),'tab:gray')]
+    lines = [('best',of(1.,'best'),'tab:blue'), ('best, .3 of the passes',of(.3,'best'),'tab:green'), ('best, supervised baseline',of(1.,'best, supervised baseline'),'tab:cyan'), ('the same, as many passes',of(equal_share,'best, supervised baseline'),'tab:orange'), ('published training, fast recipe',of(1.,'protocol'),'tab:gray')]
     fig,axs = plt.subplots(1, 2, figsize=(7.4,3.4), layout='constrained', sharey=True)
     for label,runs,color in lines:
         for i,(passes,minutes,acc) in enumerate(curves(runs)):

@@ -1,5 +1,5 @@
 "Write what is generated: README.md from nbs/index.ipynb, and tables of pages from the docstrings and results of tests; `--check` only compares"
-import ast,csv,functools,json,re,statistics,sys
+import ast,csv,functools,json,re,shutil,statistics,sys
 from configparser import ConfigParser
 from pathlib import Path
 import nbformat
@@ -210,6 +210,8 @@ def pretrained():
     rows = [f"| {words[k]} | {len(rs)} | {statistics.mean(o['accuracy'] for o in rs.values()):.1f} % | {with_error(differences(rs,base),'+.1f')} |" for k,rs in sorted(by.items(), key=lambda o: -statistics.mean(differences(o[1],base)))]
     return '\n'.join(['| on unlabelled images | seeds | accuracy | points above the baseline |','| --- | --- | --- | --- |',*rows,f"| nothing: the supervised baseline | {len(base)} | {with_error([o['accuracy'] for o in base.values()],'.1f')} % | |"])
 
+equal_share = 2.4   # Of the steps of `best`: a supervised baseline of so many makes as many image passes as `best`
+
 # What the runs of tests/benchmarks/recipes.py are called
 trial_words = dict(protocol='the published training, fast recipe', best='`best`', protocol_one='published, one random rotation of each of four times as many images', protocol_xresnet='published, xresnet18 with SiLU', protocol_ranger='published, Ranger and its schedule', protocol_smoothing='published, label smoothing', protocol_mixup='published, MixUp',
     protocol_growing='published, progressive resizing', protocol_no_dropout='published, no dropout', protocol_fixmatch='published, pseudo-labels late', protocol_extra="published, Imagenette's classes as labels and images", best_mixup='`best` and MixUp .4', best_no_growing='`best` without progressive resizing', best_no_smoothing='`best` without label smoothing',
@@ -259,6 +261,12 @@ def part_by_part():
     rows = [(k,cell(.25,a,'protocol'),cell(.25,b,'best'),cell(1.,b,'best')) for k,(a,b) in recipe_parts.items()]
     return '\n'.join(['| part | in the published training, a quarter of the passes | in `best`, a quarter | in `best`, all passes |', '| --- | --- | --- | --- |', *(f"| {k} | {' | '.join(o)} |" for k,*o in rows if any(o))])
 
+def equal_passes():
+    "`best`, its baseline of as many steps, and that of as many image passes, which are more steps"
+    by = recipe_runs(); base = 'best, supervised baseline'
+    runs = {'`best`':by.get(1.,{}).get('best'), 'supervised baseline, as many steps':by.get(1.,{}).get(base), 'supervised baseline, as many image passes':by.get(equal_share,{}).get(base)}
+    return '\n'.join(['| training | seeds | steps | image passes | accuracy |', '| --- | --- | --- | --- | --- |', *(f"| {k} | {len(rs)} | {rs[0]['steps']:,} | {rs[0]['passes']:,} | {with_error([r['accuracy'] for r in rs],'.1f')} % |" for k,rs in runs.items() if rs)])
+
 def with_tables(text, tables):
     "The notebook's source with each table between its two marks, in order"
     nb,tables = nbformat.reads(text, 4),iter(tables)
@@ -270,12 +278,17 @@ if __name__=='__main__':
     if '--check' not in sys.argv and (results/'objectives').exists():
         import figures
         figures.objectives(); figures.recipes()
-    texts,(acc,said),(whole,*short) = {},accuracies(),[*recipe_runs().values()] or [{}]
+    texts,(acc,said),by = {},accuracies(),recipe_runs()
+    whole,short = by.get(1.,{}),[o for share,o in by.items() if share<1]
     made = {**{k:[table(*v[:3], topics=topics if v[3:] else None)] for k,v in pages.items()}, 'mutants':[mutants()], next(root.glob('nbs/*_resume.ipynb')).stem:[kills()], 'fast':[benchmarks(),gpu(),f'{acc}\n\n{said}'],
-        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'tutorials/pretrained':[pretrained()], 'which_recipe':[tried_recipes([whole]),part_by_part(),tried_recipes(short)]}
+        'index':[history(),gain()], 'which_objective':[measured_objectives()], 'about/results':[baselines(),sample(),f'{acc}\n\n{said}'], 'tutorials/pretrained':[pretrained()], 'which_recipe':[tried_recipes([whole]),equal_passes(),part_by_part(),tried_recipes(short)]}
     for name,tables in made.items():
         page = root/f'nbs/{name}.ipynb'; texts[page] = with_tables(page.read_text(encoding='utf-8'), tables)
     texts[root/'README.md'] = render(texts[root/'nbs/index.ipynb'])
+    for n in ('bench','growth'):   # drawn by the command that measured
+        drawn,shown = results/f'bench/{n}.png',root/f'nbs/images/{n}.png'
+        if '--check' not in sys.argv: shutil.copyfile(drawn, shown)
+        elif drawn.read_bytes()!=shown.read_bytes(): sys.exit(f'{shown.name} differs from what `make bench` has drawn: run `make prepare`.')
     for path,text in texts.items():
         if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
         elif not path.exists() or path.read_text(encoding='utf-8')!=text: sys.exit(f'{path.name} differs from what it is made from: run `make prepare`.')
