@@ -161,7 +161,7 @@ def test_nan_in_one_process(ranks):
 
 @pytest.mark.parametrize('backward', ['joint','sequential'])
 def test_unused_parameters(ranks, backward):
-    "two processes, `find_unused_parameters=True`: the same weights, bitwise; heads are outside the wrapper, which can't take them for unused"
+    "two processes, `find_unused_parameters=True`: the same weights, bitwise; heads are outside DDP's wrapper, so that it doesn't count them as unused"
     for s,j in zip(ranks[0]['unused '+backward]['steps'], ranks[0][backward]['steps'], strict=True): assert same(s['after'], j['after'])
 
 @pytest.mark.parametrize('backward', ['joint','sequential'])
@@ -170,7 +170,7 @@ def test_messages(ranks, backward):
     assert all(o['messages '+backward]==dict(all_reduce=3) for o in ranks)
 
 def test_largest(ranks):
-    "two processes, numbers: the largest of each in both"
+    "two processes, numbers: both get the maximum of each over the processes"
     assert all(o['largest']==[1,1,0] for o in ranks)
 
 def test_patience(processes, tmp_path):

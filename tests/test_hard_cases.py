@@ -217,7 +217,7 @@ def test_file_removed_while_training(folder):
         assert e.value.path==f; f.write_bytes(data)
 
 def test_file_removed_while_training_with_skip(folder, capfd):
-    "the same with 'skip': another image, drawn by the seed, takes its place; the same for every number of workers, listed in dls.bad_images and said after fit"
+    "the same with 'skip': another image, drawn by the seed, takes its place; the same for every number of workers, listed in dls.bad_images and reported after the fit"
     seen = []
     for n in (0,1,2):
         dls = paired(folder, n_steps=None, num_workers=n, on_bad_image='skip'); gone = [folder/'unsup/5.png', folder/'train/a/2.png']; data = [f.read_bytes() for f in gone]
@@ -286,7 +286,7 @@ def test_archive_that_leaves_its_folder(tmp_path, kind):
     assert not (tmp_path/'home').exists()
 
 def test_archive_of_many_members(tmp_path):
-    "an archive of more members than 500,000 (here, than 99): refused at the first too many, nothing is written"
+    "an archive of more members than 500,000 (here, than 99): refused once the limit is passed, nothing is written"
     a = archive(tmp_path/'x.tgz', *[(f'd/{i}', tarfile.REGTYPE, '', b'') for i in range(100)])
     with pytest.raises(BadArchiveError, match='more than 99 members'): unpack(a, tmp_path/'home', max_members=99)
     assert not (tmp_path/'home').exists(); assert len(list(unpack(a, tmp_path/'home', max_members=100).iterdir()))==100

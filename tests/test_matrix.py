@@ -285,7 +285,7 @@ def test_deepcopy(make, opt_func):
     learn.fit(1, .01)
 
 def test_deepcopy_of_a_fit(make):
-    "`deepcopy(learn)` in the middle of a fit (between its steps fastai's own prediction is in the way): it trains as one that was never begun"
+    "`deepcopy(learn)` in the middle of a fit: it trains as one that was never begun"
     class Copy(Callback):
         order = 200
         def before_train(self): self.copies.append(deepcopy(self.learn))
