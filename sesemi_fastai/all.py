@@ -18,6 +18,7 @@ from .samples import *
 from .features import *
 from .batchnorm import *
 from .transient import *
+from .heap import *
 from .randomness import *
 from .passes import *
 from .objective import *
@@ -59,7 +60,7 @@ from .entry import *
 _data = ['PairedDataLoaders','BadImageError','BadArchiveError','find_images','read_rgb','get_data','class_names','list_caches']
 _objectives = ['RotationPretext','JigsawPretext','EntropyMin','PseudoLabel','PiModel','MeanTeacher','VAT','FixMatch','BarlowTwins','EMA',
                'UnlabeledObjective','PretextObjective','StrongObjective','StrongAugment','rotations','find_feature_layer']
-_training = ['sesemi_learner','get_arch','resnet10','replace_classifier','accuracy_among','NesterovSGD','FusedAdamW','PolyWarmup','ProgressiveResize','BFloat16','BatchNormGroups','StepSeed','deterministic_algorithms','PlainProgress']
+_training = ['sesemi_learner','get_arch','resnet10','replace_classifier','accuracy_among','NesterovSGD','FusedAdamW','PolyWarmup','ProgressiveResize','BFloat16','ReleaseMemory','BatchNormGroups','StepSeed','deterministic_algorithms','PlainProgress']
 _runs = ['ResumeTraining','TrainingStopped','CheckpointError','DivergedError','RunConfig','train_run','read_runs','plot_run','run_report','write_report','sesemi_imagewang','sesemi_leaderboard']
 _doctor = ['doctor','report_table','write_doctor_html','write_exclude_list','trained_learner','sesemi_doctor']
 

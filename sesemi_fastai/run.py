@@ -20,6 +20,7 @@ from .learner import *
 from .augment import *
 from .randomness import *
 from .transient import *
+from .heap import *
 from .samples import *
 from .optimizer import *
 from .schedule import *
@@ -202,7 +203,7 @@ def _train(cfg, folder, saver, baseline, plain, dls, later):
         learn.remove_cb(ProgressCallback)
         if first_process: learn.add_cb(PlainProgress(cost=partial(real.cost, baseline=baseline)))
     if first_process: learn.add_cb(_time_estimate(real, dls, baseline, later))
-    cbs = [saver, StopDiverged(), *([HistoryFile(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
+    cbs = [saver, StopDiverged(), ReleaseMemory(), *([HistoryFile(folder.absolute()/'history.csv')] if first_process else []), *([] if baseline else cfg.objectives()), *([] if cfg.ema is None else [EMA(cfg.ema)])]
     with new_folder(folder) if first_process else nullcontext():
         try:
             with batchnorm_advice('one labelled image', f'a bs of {2*ifnone(cfg.bn_groups, cfg.processes)} or more'), on_processes(learn, sync_bn=cfg.bn_groups==1): cfg.fit(learn, cbs)

@@ -266,6 +266,7 @@ mutants = [
     M('resume', '    due,got = max_over_processes(due, fit.stop.got, device=self.learn.loss.device)', '    due,got = max_over_processes(due, fit.stop.got, device=self.learn.loss.device); fit.stop.got = got', 'test_resume.py::test_signal_while_processes_agree'),
     M('learner', "        if len(self.x)>1: return super().before_batch()\n", "        return super().before_batch()\n", 'learner'),
     M('progressive', " or hasattr(self.learn,'lr_finder')", "", 'progressive'),
+    M('heap', "self.train_iter%self.every==0", "self.train_iter>self.every", 'heap'),
     M('resume', " and not isinstance(cb, ProgressCallback)", "", 'test_resume.py::test_goes_on_with_progress_bars'),
     M('resume', '    got = got or fit.stop.got', '    got = fit.stop.got', 'test_resume.py::test_signal_to_one_of_two'),
     M('losses', 'with torch.autocast(z1.device.type, enabled=False): c', 'with torch.autocast(z1.device.type, enabled=torch.is_autocast_enabled(z1.device.type)): c', 'losses'),
