@@ -9,6 +9,7 @@ __all__ = []
 from .images import *
 from .augment import *
 from .cache import *
+from .generators import *
 from .streams import *
 from .distributed import *
 from .folders import *

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['get_state', 'set_state', 'shift_clocks', 'known_parts', 'get_callbacks', 'set_callbacks', 'get_weights',
-           'set_weights', 'rng_states', 'set_rng_states', 'get_progress', 'set_progress']
+           'set_weights', 'get_progress', 'set_progress']
 
 # %% ../nbs/13b_state.ipynb #13e00003
 from fastai.vision.all import *
 import logging,types,weakref,torch
 from datetime import datetime,timedelta
+from .generators import *
 from .streams import *
 from .checkpoint import *
 from .settings import *
@@ -180,18 +181,6 @@ def set_weights(
     if state['loss'] and not isinstance(learn.loss_func, _code): set_state(learn.loss_func, state['loss'])
     for n,p in params.items(): p.grad = state['grads'][n].to(p) if n in state['grads'] else None
 
-def rng_states()->dict: # Plain
-    "States of Python's, NumPy's and torch's generators"
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
-
-def set_rng_states(
-    states:dict # From `rng_states`
-):
-    "Put the generators where they were"
-    random.setstate(states['python']); np.random.set_state(states['numpy']); torch.set_rng_state(states['torch'].cpu())
-    if states['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda'][:torch.cuda.device_count()]])   # there may be fewer GPUs now
-
 # %% ../nbs/13b_state.ipynb #13a00013
 def _streams(learn): return [o for o in map(whole_dl, learn.dls.loaders) if isinstance(o, StreamDL)]
 def _taken(learn):
@@ -210,7 +199,7 @@ def get_progress(
     for o in learn.metrics:
         try: metrics.append(get_state(o, {id(learn)}))
         except NotPlainError as e: metrics.append(None); lost.append(f'metric {o.name} ({e})')
-    return dict(epoch=learn.epoch, step=step, pct_train=learn.pct_train, train_iter=learn.train_iter, rng=rng_states(), time=time.time(),
+    return dict(epoch=learn.epoch, step=step, pct_train=learn.pct_train, train_iter=learn.train_iter, rng=get_generators(), time=time.time(),
         loss=learn.loss, smooth_loss=getattr(learn,'smooth_loss',None), streams={dl.stream:(dl.epoch-(taken[dl.stream]>0), taken[dl.stream]) for dl in _streams(learn)},
         callbacks=cbs, metrics=metrics),lost
 
@@ -231,5 +220,5 @@ def set_progress(
         epoch,taken = state['streams'][dl.stream]
         done = state['step']==n and (dl.stream!='labeled' or state['done'])   # nothing more is taken of this pass
         dl.epoch,dl.n_skip = (epoch+(taken>0),0) if done else (epoch,taken)
-    set_rng_states(state['rng'])
+    set_generators(state['rng'])
     return lost
