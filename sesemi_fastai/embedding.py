@@ -35,7 +35,7 @@ class BarlowTwins(StrongObjective):
         return dict(projector=nn.Sequential(*hidden(n_features), *hidden(n), nn.Linear(n, n, bias=False)))
     def check(self, learn, x):
         "Correlations need more than one image"
-        if unlabeled_dl(learn).bs<2: raise ValueError("BarlowTwins compares the images of a batch, and unlabeled_bs is 1: use 2 or more.")
+        if learn.dls.loaders[2].bs<2: raise ValueError("BarlowTwins compares the images of a batch, and unlabeled_bs is 1: use 2 or more.")
     def views(self):
         "The images as they are, and the strong view"
         return [weak, self.strong_view]
