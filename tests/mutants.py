@@ -188,6 +188,8 @@ mutants = [
     M('ema', 'weights=None if self._raw is None else', 'weights=None if True else', 'ema test_ema.py'),
     M('ema', 'if self._loaded is not None: self._load(self._loaded)', 'pass', 'ema test_ema.py'),
     M('ema', 'partial(torch.distributed.broadcast, src=0)', 'noop', 'ema test_ema.py'),
+    M('ema', "if ids!=_ids(modules):", "if ids is None:", 'test_ema.py::test_tensors_are_looked_for_once'),
+    M('ema', "if ids!=_ids(modules):", "if True:", 'test_ema.py::test_tensors_are_looked_for_once'),
     M('ema', "order,run_valid,name = 5,False,'ema'", "order,run_valid,name = 65,False,'ema'", 'ema test_ema.py'),
     M('features', "x.mean((2,3)) if", "x.amax((2,3)) if", 'features'),
     M('features', "isinstance(made[1], nn.Dropout)   #", "False   #", 'features'),
