@@ -12,6 +12,7 @@ import logging,types,weakref,torch
 from datetime import datetime,timedelta
 from .generators import *
 from .streams import *
+from .features import plain_model
 from .checkpoint import *
 from .settings import *
 
@@ -109,7 +110,7 @@ def known_parts(
     learn:Learner # Whose parts are kept by themselves, or have no state
 )->set: # Of `id`
     "Parts of `learn` to which callbacks may refer"
-    model = get_model(learn.model)
+    model = plain_model(learn.model)
     parts = [learn,learn.dls,learn.model,learn.opt,getattr(learn.opt,'opt',None),learn.opt_func,learn.loss_func,learn.cbs,learn.metrics,getattr(learn,'scaler',None)]
     parts += [*learn.cbs,*learn.metrics,*model.modules(),*model.parameters(),*model.buffers(),*learn.dls.loaders,*map(whole_dl, learn.dls.loaders)]
     return {id(o) for o in parts+[o.dataset for o in map(whole_dl, learn.dls.loaders)] if o is not None}
@@ -162,7 +163,7 @@ def get_weights(
     learn:Learner # In a fit
 )->dict: # Plain
     "Model, optimizer, scaler, gradients that aren't zero, and the loss function"
-    model,scaler = get_model(learn.model),getattr(learn,'scaler',None)
+    model,scaler = plain_model(learn.model),getattr(learn,'scaler',None)
     grads = {n:p.grad for n,p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
     try: loss = get_state(learn.loss_func)
     except NotPlainError: loss = None
@@ -173,7 +174,7 @@ def set_weights(
     state:dict # From `get_weights`
 ):
     "Put the weights back"
-    model = get_model(learn.model)
+    model = plain_model(learn.model)
     model.load_state_dict(state['model'])
     params = dict(model.named_parameters()); device = first(params.values()).device
     learn.opt.load_state_dict(to_device(state['opt'], device) if not isinstance(learn.opt, OptimWrapper) else state['opt'])

@@ -376,6 +376,8 @@ mutants = [
     M('settings', "if i.opname=='STORE_ATTR' and", "if False and", 'settings'),
     M('settings', "res['frozen'] = [n for n,p in model.named_parameters() if not p.requires_grad]", "res['frozen'] = []", 'test_resume_state.py::test_frozen_layers_are_named'),
     M('settings', "'labels':describe_labels(dset)", "'labels':None", 'test_resume_state.py'),
+    M('settings', "res['torch.compile'] = True", "pass", 'test_resume_state.py::test_compiled_and_not'),
+    M('state', "    model = plain_model(learn.model)\n    model.load", "    model = get_model(learn.model)\n    model.load", 'test_resume_state.py::test_compiled_and_not'),
     M('settings', "if k in allow or a==b: continue", "continue", 'settings'),
     M('settings', "', '.join(sorted(map(_constant, o)))", "', '.join(map(_constant, o))", 'test_resume_state.py::test_set_in_a_function'),
     M('settings', "inner(f.__kwdefaults__)} if f.__kwdefaults__ else {})", "0} if f.__kwdefaults__ else {})", 'settings'),

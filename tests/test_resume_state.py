@@ -210,6 +210,22 @@ def test_fewer_gpus_than_before(monkeypatch):
     for o in ('cuda:3','cuda:0'): unpack_state(('on',(o,OnGPU())))
     assert moved==['cuda','cuda:0']
 
+@pytest.mark.parametrize('compiled_first', [True,False])
+def test_compiled_and_not(folder, tmp_path, compiled_first):
+    "A run goes on with `torch.compile` or without it where that difference is allowed, bitwise as it began where the backend computes the same; it is one difference, by its name"
+    def learner(compiled):
+        res = tiny(folder)
+        if compiled: res.model = torch.compile(res.model, backend='eager')
+        return res
+    a,b = (run_settings(learner(o)) for o in (compiled_first,not compiled_first))
+    assert differences(a, b)==[f'torch.compile was {"True" if compiled_first else "absent"}, now {"absent" if compiled_first else "True"}']
+    whole = learner(False); set_seed(2); whole.fit(2, .1)
+    cut = learner(compiled_first); set_seed(2)
+    with pytest.raises(RuntimeError, match='cut'): cut.fit(2, .1, cbs=[ResumeTraining(tmp_path, 1), Cut(2)])
+    with pytest.raises(CheckpointError, match='torch.compile was'): learner(not compiled_first).fit(2, .1, cbs=ResumeTraining(tmp_path, 1))
+    again = learner(not compiled_first); again.fit(2, .1, cbs=ResumeTraining(tmp_path, 1, allow='torch.compile'))
+    again.model = getattr(again.model,'_orig_mod',again.model); same(whole, again)
+
 def test_frozen_layers_are_named(folder, tmp_path):
     with pytest.raises(RuntimeError, match='cut'): tiny(folder).fit(2, .1, cbs=[ResumeTraining(tmp_path, 1), Cut(4)])
     with pytest.raises(CheckpointError, match='frozen: now also 0.weight'): tiny(folder, frozen=True).fit(2, .1, cbs=ResumeTraining(tmp_path, 1))
