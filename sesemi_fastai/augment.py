@@ -215,7 +215,7 @@ def get_recipe(
     name:str, # One of `recipes`
     size:int # Side of the crop, in pixels
 )->Recipe:
-    "The recipe called `name`"
+    "The recipe called `name`; raises `ValueError` where there is none, or `size` is below 8"
     if name not in recipes: raise ValueError(f"recipe {name!r} isn't known: use one of {', '.join(recipes)}.")
     if size<8: raise ValueError(f"size={size} is too small: use 8 pixels or more.")
     return recipes[name](size)

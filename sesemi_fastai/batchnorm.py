@@ -129,7 +129,7 @@ def pass_contexts(
         yield
 
 class BatchNormGroups(PassCallback):
-    "While training, BatchNorm normalises each of `n` contiguous parts of a batch on its own, labelled and unlabelled; see `bn_groups`"
+    "While training, BatchNorm normalises each of `n` contiguous parts of a batch on its own, labelled and unlabelled; see `bn_groups`; raises `ValueError` for `n` below 1"
     run_valid = False
     def __init__(self,
         n:int=2 # Parts, as the published runs had

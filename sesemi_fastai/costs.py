@@ -76,7 +76,7 @@ def row_costs(
     runs:int=5, # With seeds of their own
     arch:str='resnet50' # See `get_arch`
 )->dict: # `bf16`; `passes`, `images` and `cores` a second that keep the card busy; `joint` and `sequential` memory in GB; `hours` and `dollars` of all runs
-    "Estimated costs of a leaderboard row"
+    "Estimated costs of a leaderboard row; raises `ValueError` where there is no such row or recipe"
     if (size,epochs) not in imagewang_rows: raise ValueError(f"size={size}, epochs={epochs} is no cell of the leaderboard: use a size of 128, 192 or 256 and 5, 20, 80 or 200 epochs.")
     if recipe not in loader_speed: raise ValueError(f"recipe={recipe!r} isn't known here: use reference or fast.")
     counts,bf16 = training_counts(arch, row_crop[size]),recipe=='fast' and card.bf16 is not None

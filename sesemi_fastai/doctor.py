@@ -40,7 +40,7 @@ class Report:
     def exclude(self,
         names=('broken','leaks','duplicates','near_duplicates') # Findings whose advice to follow
     )->list: # Of `Path`, sorted
-        "The files that these findings advise to leave out"
+        "The files that these findings advise to leave out; raises `ValueError` for a finding that isn't known"
         if (wrong := set(names)-{o.name for o in self.findings}): raise ValueError(f"There is no finding called {', '.join(sorted(wrong))}: use some of {', '.join(o.name for o in self.findings)}.")
         return sorted({p for n in names for p in self[n].exclude})
 

@@ -36,7 +36,7 @@ def _tensors(model): return dict(itertools.chain(model.named_parameters(), model
 def _ids(modules): return [id(o) for m in modules for d in (m._parameters,m._buffers,m._modules) for o in d.values()]
 
 class EMA(TransientCallback):
-    "Average the weights over the steps of a fit; validation, `SaveModelCallback` and the end of the fit get the averages, training goes on with the weights"
+    "Average the weights over the steps of a fit ([Polyak and Juditsky, 1992](https://doi.org/10.1137/0330046); as a teacher, [Tarvainen and Valpola, 2017](https://arxiv.org/abs/1703.01780)); validation, `SaveModelCallback` and the end of the fit get the averages, training goes on with the weights; raises `ValueError` for a `decay` below 0, or of 1 or more"
     order,run_valid,name = 5,False,'ema'
     teacher,_learn,_raw,_loaded,_versions_then,_cancelled,_stepping,n_updates = None,None,None,None,None,False,False,0
     def __init__(self,

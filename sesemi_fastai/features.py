@@ -70,7 +70,7 @@ class FeatureLayer:
         return pool_features(self.only(got))
 
     def only(self, got):
-        "The one entry of `got`"
+        "The one entry of `got`; raises `RuntimeError` where there is none, or there are several"
         if len(got)!=1: raise RuntimeError(f"{self.name} runs {len(got)} times in a forward pass, so its features can't be told: pass features=, a module or its name that runs once in each.")
         return got[0]
 

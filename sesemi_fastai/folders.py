@@ -60,7 +60,7 @@ class FolderFiles:
         return self.vocab[:len(self.vocab)-len(self.extra)]
 
     def with_labels(self, per_class):
-        "The same with the labels of the first `per_class` files of each class that validation has, in the order of their names; the pool stays as it is"
+        "The same with the labels of the first `per_class` files of each class that validation has, in the order of their names; the pool stays as it is; raises `ValueError` where a class has fewer"
         of = groupby(self.labeled, self.class_of)
         if per_class<1: raise ValueError(f"labels_per_class={per_class} must be 1 or more.")
         few = {k:len(of[k]) for k in self.valid_vocab if len(of[k])<per_class}
@@ -99,7 +99,7 @@ def split_folder(
     exclude=(), # Files to leave out of every stream, or a JSON file that lists them
     extra:str=None # How to use classes of `train` that `valid` doesn't have: as 'labels', as unlabelled 'images', or 'both'; left out by default
 )->FolderFiles:
-    "Which files of `path` are labelled, for validation and unlabelled"
+    "Which files of `path` are labelled, for validation and unlabelled; raises `FileNotFoundError` where a folder isn't there, `ValueError` where the folders can't be trained with"
     path = Path(path).expanduser()
     if path.is_file(): path = unpack(path)
     _need_dir(path, "pass a folder with the images, or a .tgz of it")

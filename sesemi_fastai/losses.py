@@ -157,7 +157,7 @@ def jigsaw_orders(
     n_orders:int=6, # K
     grid:int=3 # Tiles a side, 2 or 3
 )->Tensor: # `(K,grid²)`: the tile that each place shows; always the same for the same arguments
-    "Orders of tiles with large Hamming distances; the first is the identity"
+    "Orders of tiles with large Hamming distances; the first is the identity; raises `ValueError` where there are no such orders"
     if grid not in (2,3): raise ValueError(f"grid={grid} must be 2 or 3.")
     if not 2<=n_orders<=math.factorial(grid**2): raise ValueError(f"n_orders={n_orders} must be between 2 and {math.factorial(grid**2)} for {grid}×{grid} tiles.")
     return _far_orders(n_orders, grid).clone()
@@ -168,7 +168,7 @@ def jigsaw(
     orders:Tensor, # `(K,grid²)`, from `jigsaw_orders`
     grey:float=.1 # Probability that a tile loses its colours
 )->tuple: # Images `(B,C,grid·h,grid·w)`, h = H//grid and w = W//grid, and targets `(B,)` in 0..K-1
-    "Each image in one of the orders, drawn by torch's generator of its device; pixels that don't fill a tile are cut off around the centre"
+    "Each image in one of the orders, drawn by torch's generator of its device; pixels that don't fill a tile are cut off around the centre; raises `ValueError` where a tile would have none"
     (B,C,H,W),g = x.shape,math.isqrt(orders.shape[1])
     h,w = H//g,W//g
     if not h or not w: raise ValueError(f"Images of {H}×{W} pixels can't be cut into {g}×{g} tiles: use larger images.")

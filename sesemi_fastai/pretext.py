@@ -73,7 +73,7 @@ def random_rotations(
 
 # %% ../nbs/07c_pretext.ipynb #d0d49d36
 class RotationPretext(PretextObjective):
-    "Predict the rotation of unlabelled images, 0°, 90°, 180° or 270° ([Gidaris et al., 2018](https://arxiv.org/abs/1803.07728); [SESEMI](https://arxiv.org/abs/1906.10343))"
+    "Predict the rotation of unlabelled images, 0°, 90°, 180° or 270° ([Gidaris et al., 2018](https://arxiv.org/abs/1803.07728); [SESEMI](https://arxiv.org/abs/1906.10343)); raises `ValueError` for `views` that aren't known"
     name,n_targets,target_names,chance,needs,passes_per_image = 'rotation',4,('0°','90°','180°','270°'),.25,('upright','borders'),4.
     @delegates(PretextObjective.__init__)
     def __init__(self,

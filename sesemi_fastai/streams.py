@@ -202,7 +202,7 @@ class StreamDL(TfmdDL):
         rank:int=0, # Which of the processes that share the stream
         world:int=1 # How many they are
     )->EpochSamples: # `n_steps*bs` sample indices
-        "Those of the next epoch, but for the batches to leave out: of each batch of `world*bs` images the `rank`-th part, as `torch.chunk` cuts it"
+        "Those of the next epoch, but for the batches to leave out: of each batch of `world*bs` images the `rank`-th part, as `torch.chunk` cuts it; raises `ValueError` where there are fewer images than that"
         if self.n<self.bs*world: raise ValueError(f"There are {self.n} {self.stream} images for batches of {self.bs*world}: use a smaller batch size.")
         skip,self.n_skip = self.n_skip,0
         self.epoch += 1

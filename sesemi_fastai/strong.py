@@ -47,7 +47,7 @@ class _Saturation(_SaturationLogit):
         return x.mul_(keep).add_(grey*(1-keep))
 
 class StrongAugment:
-    "A strong view of a normalised batch `(B,C,H,W)`, of the same shape, type, device and memory format; any number of channels"
+    "A strong view of a normalised batch `(B,C,H,W)`, of the same shape, type, device and memory format; any number of channels; raises `ValueError` for a `mean` without `std`, or the reverse"
     def __init__(self,
         max_rotate:float=30., # Degrees
         max_shear:float=.3, # Shift of a side by a share of the other, in each direction
@@ -156,7 +156,7 @@ def as_strong(
     strong=None, # None: `StrongAugment`; a function `(B,C,H,W)` → `(B,C,H,W)` of a normalised batch; or one or several of fastai's or torchvision's transforms
     dls=None # Where the images' normalisation is found
 ): # A function of a batch; equal where two views are
-    "What `strong=` of an objective stands for"
+    "What `strong=` of an objective stands for; raises `ValueError` where it can't be used"
     mean,std = norm_stats(dls)
     if strong is None: return StrongAugment(mean=mean, std=std)
     if is_listy(strong): return StrongTransforms(list(strong), mean, std)

@@ -209,7 +209,7 @@ def forget_search(self:UnlabeledStep):
 
 @patch
 def next_images(self:UnlabeledStep)->Tensor: # `(B,C,H,W)`
-    "The next unlabelled batch; the loader starts over where it ends before the labelled one"
+    "The next unlabelled batch; the loader starts over where it ends before the labelled one; raises `ValueError` where it gives nothing"
     device = first(self.learn.model.parameters()).device
     with torch.autocast(device.type, enabled=False):   # which `MixedPrecision` has begun by now; labelled images are transformed outside of it
         b = next(self._it, None)
@@ -237,7 +237,7 @@ def loss_of(self:UnlabeledStep,
     o:UnlabeledObjective, # One of the step's
     learning:bool=True # Whether gradients are wanted
 )->Tensor: # A scalar
-    "Loss of an objective, unweighted; counted for the columns"
+    "Loss of an objective, unweighted; counted for the columns; raises `ValueError` where it has no gradient"
     bound = BoundBatch(self._batch, o, self._task, learning)
     loss,figure = o.loss(bound)
     figure = figure.detach().float().flatten()   # one for each image, or each decision where there are several classes to an image
