@@ -9,6 +9,7 @@ __all__ = ['BarlowTwins', 'standardised_agreement']
 from fastai.vision.all import *
 from .samples import *
 from .losses import *
+from .features import *
 from .passes import *
 from .objective import *
 from .unlabeled import *

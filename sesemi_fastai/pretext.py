@@ -8,6 +8,7 @@ __all__ = ['PretextObjective', 'rotations', 'random_rotations', 'RotationPretext
 # %% ../nbs/07c_pretext.ipynb #edf33f57
 from fastai.vision.all import *
 from .losses import *
+from .features import *
 from .passes import *
 from .objective import *
 from .unlabeled import *

@@ -207,7 +207,7 @@ mutants = [
     M('imagewang', ", batchnorm_advice('one labelled image', f'a bs of {2*max(1, num_distrib())} or more')", "", 'test_errors.py::test_labelled_batch_of_one'),
     M('batchnorm', "with bn_policy([m], 'batch'): return", 'if True: return', 'batchnorm'),
     M('batchnorm', '        self.remove()\n        with self.context', '        with self.context', 'batchnorm'),
-    M('batchnorm', 'apply(_full, self.model.forward(*args, **kwargs))', 'self.model.forward(*args, **kwargs)', 'test_matrix.py::test_bfloat16'),
+    M('batchnorm', 'apply(to_full, self.model.forward(*args, **kwargs))', 'self.model.forward(*args, **kwargs)', 'test_matrix.py::test_bfloat16'),
     M('batchnorm', 'if self._waits_on is not None: forget_next_pass(self._waits_on)', 'pass', 'test_matrix.py::test_interrupt'),
     M('batchnorm', 'contexts.enter_context(cb.pass_context())', 'pass', 'test_matrix.py::test_bfloat16'),
     M('transient', 'def __reduce_ex__(self, protocol): return Callback,()', 'def _unused(self): pass', 'test_matrix.py::test_export_while_attached'),
