@@ -9,6 +9,7 @@ __all__ = ['class_log_probs', 'class_probs', 'entropy_loss', 'pseudo_label_loss'
 # %% ../nbs/05a_losses.ipynb #05a00002
 from fastai.vision.all import *
 import functools,itertools
+from .features import like_format
 
 # %% ../nbs/05a_losses.ipynb #05a00005
 def _wide(x):
@@ -177,5 +178,4 @@ def jigsaw(
     t = t.reshape(B,C,g,h,g,w).permute(0,2,4,1,3,5).reshape(B,g*g,C,h,w)
     if C>1 and grey: t = torch.where(is_grey.view(B,g*g,1,1,1), t.mean(2,keepdim=True), t)
     t = t[torch.arange(B, device=x.device)[:,None],orders.to(x.device, non_blocking=True)[targ]]
-    res = t.reshape(B,g,g,C,h,w).permute(0,3,1,4,2,5).reshape(B,C,h*g,w*g)
-    return res.contiguous(memory_format=torch.channels_last if C>1 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else torch.contiguous_format),targ
+    return like_format(t.reshape(B,g,g,C,h,w).permute(0,3,1,4,2,5).reshape(B,C,h*g,w*g), x),targ

@@ -48,18 +48,13 @@ def _need_square(x):
     if x.ndim!=4: raise ValueError(f"Rotations need a batch of shape (B,C,H,W), not {tuple(x.shape)}.")
     if x.shape[-1]!=x.shape[-2]: raise ValueError(f"Images of {x.shape[-2]}×{x.shape[-1]} pixels can't be rotated in one batch: add an item transform that makes them square, such as Resize({min(x.shape[-2:])}).")
 
-def _like(views, x):
-    "`views` in the memory format of `x`"
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return views.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
 def rotations(
     x:Tensor # `(B,C,H,W)`, square
 )->tuple: # Views `(4B,C,H,W)`, and targets `(4B,)`: `0 1 2 3 0 1 2 3 …` quarter turns
     "The four quarter turns of each image, interleaved, in the memory format of `x`; raises `ValueError` where `x` isn't a batch of square images"
     _need_square(x)
     views = torch.stack([torch.rot90(x, k, (2,3)) for k in range(4)], 1).flatten(0,1)
-    return _like(views, x), torch.arange(4, device=x.device).repeat(len(x))
+    return like_format(views, x), torch.arange(4, device=x.device).repeat(len(x))
 
 def random_rotations(
     x:Tensor # `(B,C,H,W)`, square
@@ -70,7 +65,7 @@ def random_rotations(
     t = x.transpose(2,3)   # a quarter turn is a transposition and a flip
     at = lambda k: (turns==k)[:,None,None,None]
     views = torch.where(at(1), t.flip(2), torch.where(at(2), x.flip((2,3)), torch.where(at(3), t.flip(3), x)))
-    return _like(views, x), turns
+    return like_format(views, x), turns
 
 # %% ../nbs/07c_pretext.ipynb #d0d49d36
 class RotationPretext(PretextObjective):

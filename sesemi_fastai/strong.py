@@ -9,6 +9,7 @@ __all__ = ['norm_stats', 'StrongAugment', 'StrongTransforms', 'as_strong']
 from fastai.vision.all import *
 from fastai.vision.augment import AffineCoordTfm,LightingTfm,SpaceTfm,affine_mat,rotate_mat,setup_aug_tfms,_SaturationLogit
 from .streams import *
+from .features import like_format
 
 # %% ../nbs/05b_strong.ipynb #05b00005
 def norm_stats(
@@ -31,8 +32,7 @@ class _Range:
 
 def _like(y, x):
     "`y` in type and memory format of `x`"
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.as_subclass(Tensor).to(x.dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return like_format(y.as_subclass(Tensor).to(x.dtype), x)
 
 # %% ../nbs/05b_strong.ipynb #05b00008
 def _uniform(x, lo, hi, p):

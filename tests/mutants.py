@@ -152,7 +152,7 @@ mutants = [
     M('strong', 'self.std = 1/(x.amax()-x.amin()).clamp_min(1e-6)', 'self.std = (x.amax()-x.amin()).clamp_min(1e-6)', 'strong test_strong.py'),
     M('strong', 'def redo(self, x): return (x-self.mean)/self.std', 'def redo(self, x): return x', 'strong test_strong.py'),
     M('strong', 'return (x*self.std+self.mean).clamp(0,1)', 'return x*self.std+self.mean', 'strong test_strong.py'),
-    M('strong', 'memory_format=torch.channels_last if last else torch.contiguous_format)', 'memory_format=torch.contiguous_format)', 'strong test_strong.py'),
+    M('features', 'memory_format=torch.channels_last if last else torch.contiguous_format)', 'memory_format=torch.contiguous_format)', 'strong test_strong.py'),
     M('strong', 'y.as_subclass(Tensor).to(x.dtype)', 'y.as_subclass(Tensor)', 'strong test_strong.py'),
     M('strong', 'x.new_empty(len(x)).uniform_(lo, hi)', 'x.new_empty(1).uniform_(lo, hi).expand(len(x))', 'strong test_strong.py'),
     M('strong', '(torch.rand(len(x), device=x.device)<p)', '(torch.rand(len(x), device=x.device)<1)', 'strong test_strong.py'),
