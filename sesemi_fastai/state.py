@@ -52,7 +52,6 @@ def get_state(
     return {'attrs':{k:s for k,v in vars(o).items() if not k.startswith('__') and (s := inner(v)) is not None}}
 
 def _cant(o): raise NotPlainError(f'a {type(o).__name__}')
-def _unwrapped(o): return inspect.unwrap(o.func) if isinstance(o, BaseLoss) else o
 
 def set_state(
     o, # As it was when `state` was taken
