@@ -31,8 +31,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sesemi_fastai.augment.RandomGamma.forward': ( 'augment.html#randomgamma.forward',
                                                                                       'sesemi_fastai/augment.py'),
                                        'sesemi_fastai.augment.Recipe': ('augment.html#recipe', 'sesemi_fastai/augment.py'),
-                                       'sesemi_fastai.augment.Recipe.__init__': ( 'augment.html#recipe.__init__',
-                                                                                  'sesemi_fastai/augment.py'),
                                        'sesemi_fastai.augment.SampleCrop': ('augment.html#samplecrop', 'sesemi_fastai/augment.py'),
                                        'sesemi_fastai.augment.SampleCrop.__call__': ( 'augment.html#samplecrop.__call__',
                                                                                       'sesemi_fastai/augment.py'),
