@@ -31,7 +31,6 @@ from .ema import *
 from .pretext import *
 from .prediction import *
 from .embedding import *
-from .ema import *
 from .show import *
 from .optimizer import *
 from .schedule import *

@@ -143,7 +143,8 @@ def _by_network(learn, files, broken, num_workers):
     other = [p for p in ok(files.unlabeled) if p not in {*files.labeled, *files.valid}]
     if not other: return []
     (train,_),(valid,_),(feats,turns) = (ask_network(learn, o, num_workers=num_workers) for o in (ok(files.labeled), ok(files.valid), other))
-    label = lambda fs: tensor([files.vocab.index(files.label(p)) for p in ok(fs)])
+    at = {o:i for i,o in enumerate(files.vocab)}
+    label = lambda fs: tensor([at[files.label(p)] for p in ok(fs)])
     reach,dist,power = nearest(valid, train).quantile(.95).item(),nearest(feats, train),_power(train, valid, label(files.labeled), label(files.valid))
     far = [i for i in dist.argsort(descending=True).tolist() if dist[i]>reach]
     trust = '' if power is None else f'; of a class without labels this network would notice {power:.0%}'+(', which is too weak to count by' if power<.2 else '')
