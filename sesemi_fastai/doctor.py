@@ -128,12 +128,12 @@ def nearest(
     to = F.normalize(to)
     return torch.cat([1-(F.normalize(o)@to.T).max(1)[0] for o in x.split(1024)])
 
-def _power(train, valid, yt, yv, quantile=.95):
+def _power(train, valid, yt, yv):
     "Share of a class's validation images that are noticed to be of none of the others; None for a single class"
     res = []
     for c in yv.unique():
         if (yt!=c).sum()==0: return None
-        to = train[yt!=c]; reach = nearest(valid[yv!=c], to).quantile(quantile)
+        to = train[yt!=c]; reach = nearest(valid[yv!=c], to).quantile(.95)
         res.append((nearest(valid[yv==c], to)>reach).float().mean().item())
     return statistics.mean(res)
 

@@ -462,7 +462,7 @@ mutants = [
     M('doctor', "0 if p in valid else 1 if p in labeled else 2", "0 if p in labeled else 1 if p in valid else 2", 'doctor'),
     M('doctor', "if r>0]", "if True]", 'doctor'),
     M('doctor', "[(r+k)%4 for r in range(4)]", "[(r-k)%4 for r in range(4)]", 'doctor'),
-    M('doctor', ".quantile(.95)", ".quantile(.05)", 'doctor'),
+    M('doctor', "nearest(valid, train).quantile(.95)", "nearest(valid, train).quantile(.05)", 'doctor'),
     M('strong', "whole_dl(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", "(dls[0] if isinstance(dls, (DataLoaders,list)) else dls)", 'strong'),
     M('passes', "nullcontext() if outer else self.context()", "self.context()", 'prediction'),
     M('passes', "torch.set_autocast_cache_enabled(False)", "pass", 'passes'),
