@@ -91,7 +91,7 @@ mutants = [
     M('folders', "folder = os.path.dirname(o)", "folder = None", 'folders'),
     M('data', "tl.tfms = Pipeline(tl.tfms.fs, split_idx=0); tl.split_idx = 0", "pass", 'data'),
     M('folders', "left_out if Path(nm)==Path(train) else ()", "()", 'folders'),
-    M('folders', "key=lambda o: -len(o.parts)", "key=lambda o: len(o.parts)", 'folders'),
+    M('folders', "o.relative_to(r).parts[0] for r", "o.relative_to(r).parts[-2] for r", 'folders'),
     M('data', "shuffle=True, drop_last=True", "shuffle=True, drop_last=False", 'data test_hard_cases.py::test_pairing', "a stream's epoch is whole batches already; it is said for readers and for duplicates of the loader"),
     M('data', "stream='unlabeled', num_workers=-(-nw*ubs//bs)", "stream='labeled', num_workers=-(-nw*ubs//bs)", 'data objective'),
     M('data', "pass_of=max((n,bs), (m,ubs), key=lambda o: o[0]//o[1])", "pass_of=(m,ubs)", 'data'),
