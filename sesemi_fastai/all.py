@@ -9,6 +9,7 @@ __all__ = []
 from .images import *
 from .augment import *
 from .cache import *
+from .generators import *
 from .streams import *
 from .distributed import *
 from .folders import *
@@ -31,7 +32,6 @@ from .ema import *
 from .pretext import *
 from .prediction import *
 from .embedding import *
-from .ema import *
 from .show import *
 from .optimizer import *
 from .schedule import *

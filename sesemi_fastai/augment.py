@@ -10,7 +10,8 @@ __all__ = ['published_training', 'recipes', 'RandomGamma', 'Crop', 'SampleCrop',
 from fastai.vision.all import *
 from torchvision.transforms import v2
 from torch.utils.data._utils.collate import default_collate_fn_map
-import weakref
+import weakref,typing
+from dataclasses import dataclass,field,replace
 from .resize import resize_crops
 
 # %% ../nbs/01_augment.ipynb #86140d98
@@ -159,21 +160,19 @@ def valid_resize(
     return round(size*256/224)
 
 # %% ../nbs/01_augment.ipynb #10e473f0
+published_training = dict(arch='resnet50', dropout=.5, opt='nesterov', schedule='poly', label_smoothing=0., mixup=0., progressive=0., objective='rotation')   # What a training is where nothing else is said, as `RunConfig` names it
+
+@dataclass(eq=False)
 class Recipe:
     "The parts of a pipeline, from an image to a normalised batch of `(B,3,size,size)`"
-    def __init__(self,
-        train, # From an image to a `Crop`, for training
-        valid, # And for validation
-        after_batch, # Transforms of a batch on the model's device, `Normalize` among them
-        plain, # What a validation image becomes by torchvision alone, in 0..1: for exports
-        side:int=None, # Short side to which larger images were reduced that `train` and `valid` take as arrays; by default they take RGB images as they are
-        native:bool=False, # Train in bfloat16 and channels last where the hardware has them
-        n_labeled:int=4 # Labelled images a step for each unlabelled one, where no number is given
-    ):
-        store_attr()
-        self.training = dict(published_training)
-
-published_training = dict(arch='resnet50', dropout=.5, opt='nesterov', schedule='poly', label_smoothing=0., mixup=0., progressive=0., objective='rotation')   # What a training is where nothing else is said, as `RunConfig` names it
+    train:typing.Callable       # From an image to a `Crop`, for training
+    valid:typing.Callable       # And for validation
+    after_batch:list            # Transforms of a batch on the model's device, `Normalize` among them
+    plain:typing.Callable       # What a validation image becomes by torchvision alone, in 0..1: for exports
+    side:int=None               # Short side to which larger images were reduced that `train` and `valid` take as arrays; by default they take RGB images as they are
+    native:bool=False           # Train in bfloat16 and channels last where the hardware has them
+    n_labeled:int=4             # Labelled images a step for each unlabelled one, where no number is given
+    training:dict=field(default_factory=lambda: dict(published_training))   # What a training is where nothing else is said
 
 def reference_recipe(
     size:int=224 # Side of the crop, in pixels
@@ -196,18 +195,14 @@ def gentle_recipe(
     size:int=224 # Side of the crop, in pixels
 )->Recipe:
     "The fast recipe with crops of 60 to 100 % of the area, for few labels or small images; in float32 everywhere"
-    res = fast_recipe(size)
-    res.train,res.native = SampleCrop(size, scale=(.6,1.)),False
-    return res
+    return replace(fast_recipe(size), train=SampleCrop(size, scale=(.6,1.)), native=False)
 
 def best_recipe(
     size:int=224 # Side of the crop, in pixels
 )->Recipe:
     "The fast recipe with crops of 35 to 100 % of the area, fastai's own network, optimizer and schedule, label smoothing, progressive resizing, one random rotation of each of as many unlabelled images as there are labelled ones, and pseudo-labels for these in the last part"
-    res = fast_recipe(size)
-    res.train,res.n_labeled = SampleCrop(size, scale=(.35,1.)),1
-    res.training |= dict(arch='xresnet50_silu', dropout=0., opt='ranger', schedule='flat_cos', label_smoothing=.1, progressive=.75 if size>32 else 0., objective='rotation(views=one)+fixmatch(start_pct=0.7, threshold=0.7)')
-    return res
+    training = published_training|dict(arch='xresnet50_silu', dropout=0., opt='ranger', schedule='flat_cos', label_smoothing=.1, progressive=.75 if size>32 else 0., objective='rotation(views=one)+fixmatch(start_pct=0.7, threshold=0.7)')
+    return replace(fast_recipe(size), train=SampleCrop(size, scale=(.35,1.)), n_labeled=1, training=training)
 
 recipes = dict(reference=reference_recipe, fast=fast_recipe, gentle=gentle_recipe, best=best_recipe)   # By name, functions that make a `Recipe` for crops of a side in pixels
 
@@ -215,7 +210,7 @@ def get_recipe(
     name:str, # One of `recipes`
     size:int # Side of the crop, in pixels
 )->Recipe:
-    "The recipe called `name`"
+    "The recipe called `name`; raises `ValueError` where there is none, or `size` is below 8"
     if name not in recipes: raise ValueError(f"recipe {name!r} isn't known: use one of {', '.join(recipes)}.")
     if size<8: raise ValueError(f"size={size} is too small: use 8 pixels or more.")
     return recipes[name](size)

@@ -75,8 +75,6 @@ def bn_groups(
         yield
 
 # %% ../nbs/06a_batchnorm.ipynb #ceabd0ee
-def _full(x): return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16,torch.bfloat16) else x
-
 class around_next_pass:
     "The next forward pass of `model` runs within `context` and gives float32; replaces another such that was never run"
     def __init__(self,
@@ -93,7 +91,7 @@ class around_next_pass:
         else: vars(self.model)['forward'] = self.own
     def __call__(self, *args, **kwargs):
         self.remove()
-        with self.context: return apply(_full, self.model.forward(*args, **kwargs))
+        with self.context: return apply(to_full, self.model.forward(*args, **kwargs))
     def __reduce__(self): return types.MethodType,(type(self.model).forward, self.model)
 
 def forget_next_pass(
@@ -129,7 +127,7 @@ def pass_contexts(
         yield
 
 class BatchNormGroups(PassCallback):
-    "While training, BatchNorm normalises each of `n` contiguous parts of a batch on its own, labelled and unlabelled; see `bn_groups`"
+    "While training, BatchNorm normalises each of `n` contiguous parts of a batch on its own, labelled and unlabelled; see `bn_groups`; raises `ValueError` for `n` below 1"
     run_valid = False
     def __init__(self,
         n:int=2 # Parts, as the published runs had

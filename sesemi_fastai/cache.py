@@ -222,7 +222,7 @@ def open_cache(
     cache:str|Path=None, # Folder for caches; `cache_home()` by default, and False for none
     n_threads:int=None # Threads that decode; one a core by default
 ): # Function from a path to `(H,W,3)` uint8
-    "The cache of `files`, made where need be, or completed by what it lacks; without one, with a warning, where it can't be written"
+    "The cache of `files`, made where need be, or completed by what it lacks; without one, with a warning, where it can't be written; raises `BadImageError` where none of the files can be read"
     decode,root,files = DecodeImage(side),Path(root),list(dict.fromkeys(files))
     if cache is False: check_images(files); return decode
     folder,stats = _cache_folder(root, side, cache),{f:_file_stat(f) for f in files}

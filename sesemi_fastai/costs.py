@@ -76,7 +76,7 @@ def row_costs(
     runs:int=5, # With seeds of their own
     arch:str='resnet50' # See `get_arch`
 )->dict: # `bf16`; `passes`, `images` and `cores` a second that keep the card busy; `joint` and `sequential` memory in GB; `hours` and `dollars` of all runs
-    "Estimated costs of a leaderboard row"
+    "Estimated costs of a leaderboard row; raises `ValueError` where there is no such row or recipe"
     if (size,epochs) not in imagewang_rows: raise ValueError(f"size={size}, epochs={epochs} is no cell of the leaderboard: use a size of 128, 192 or 256 and 5, 20, 80 or 200 epochs.")
     if recipe not in loader_speed: raise ValueError(f"recipe={recipe!r} isn't known here: use reference or fast.")
     counts,bf16 = training_counts(arch, row_crop[size]),recipe=='fast' and card.bf16 is not None
@@ -117,11 +117,12 @@ def money_table(
     return markdown_table(['size','epochs',*(f'{c.name} (${c.price:.2f}/h)' for c in gpu_cards)], [[f'{s}',f'{e}',*(one((s,e), c) for c in gpu_cards)] for s,e in imagewang_rows])
 
 # %% ../nbs/14a_costs.ipynb #386d0f59
+_cards = {o.name:o for o in gpu_cards}
 _published = [   # card, in bfloat16 or float16, images a second
-    (Card('A100', 80, 156., 312., 2039, 0), False, 938, 'NVIDIA'),    # NVIDIA's DeepLearningExamples, ResNet50 v1.5 for PyTorch, container 21.03: DGX A100 80 GB, TF32
-    (Card('A100', 80, 156., 312., 2039, 0), True, 2470, 'NVIDIA'),    # the same, mixed precision
-    (Card('V100', 16, 15.7, 125.,  900, 0), False, 367, 'NVIDIA'),    # the same, DGX-1 16 GB, FP32
-    (Card('V100', 16, 15.7, 125.,  900, 0), True, 1200, 'NVIDIA'),    # the same, mixed precision
+    (_cards['A100'], False, 938, 'NVIDIA'),    # NVIDIA's DeepLearningExamples, ResNet50 v1.5 for PyTorch, container 21.03: DGX A100 80 GB, TF32
+    (_cards['A100'], True, 2470, 'NVIDIA'),    # the same, mixed precision
+    (_cards['V100'], False, 367, 'NVIDIA'),    # the same, DGX-1 16 GB, FP32
+    (_cards['V100']._replace(bf16=125.), True, 1200, 'NVIDIA'),    # the same, mixed precision
     (Card('RTX 3090', 24, 35.6, 71., 936, 0), True, 1218, 'timm')]    # timm, results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv, batches of 512
 
 def published_rows()->list: # Of card, precision, source, estimated and published images a second

@@ -158,7 +158,7 @@ class ReadImage(ImageTransform):
 # %% ../nbs/04_data.ipynb #6597dc6b
 def _half_extra(files):
     "Weights of the labelled images: those of classes that validation has are half of what is drawn, and the further ones the other half"
-    further = np.array([files.class_of(o) in files.extra for o in files.labeled])
+    further = np.array([files.label(o) in files.extra for o in files.labeled])
     return np.where(further, .5/further.sum(), .5/(~further).sum())
 
 @patch(cls_method=True)

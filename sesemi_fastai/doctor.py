@@ -40,7 +40,7 @@ class Report:
     def exclude(self,
         names=('broken','leaks','duplicates','near_duplicates') # Findings whose advice to follow
     )->list: # Of `Path`, sorted
-        "The files that these findings advise to leave out"
+        "The files that these findings advise to leave out; raises `ValueError` for a finding that isn't known"
         if (wrong := set(names)-{o.name for o in self.findings}): raise ValueError(f"There is no finding called {', '.join(sorted(wrong))}: use some of {', '.join(o.name for o in self.findings)}.")
         return sorted({p for n in names for p in self[n].exclude})
 
@@ -71,7 +71,7 @@ def _singles(looks):
 
 def _classes(files):
     "How evenly the labels are spread"
-    n = Counter(map(files.class_of, files.labeled))
+    n = Counter(map(files.label, files.labeled))
     lab = [n[c] for c in files.vocab]
     return Finding('classes', 'Images of each class', 'The rarest class is learned worst; an accuracy over all hides it.',
                    f"{len(lab)} classes, {min(lab):,} to {max(lab):,} labelled images each (1 : {max(lab)/min(lab):.1f})"+('; one class alone leaves nothing to tell apart' if len(lab)==1 else ''), bars={printable(c):n[c] for c in files.vocab})
@@ -79,7 +79,7 @@ def _classes(files):
 # %% ../nbs/15a_doctor.ipynb #6c49828c
 def _duplicates(looks, files):
     "Leaks from validation images, exact duplicates, near-duplicates"
-    label,valid,labeled = files.class_of,set(files.valid),set(files.labeled)
+    label,valid,labeled = files.label,set(files.valid),set(files.labeled)
     role = lambda p: 0 if p in valid else 1 if p in labeled else 2
     near,bits = near_duplicates(looks)
     rows = dict(leaks=[], duplicates=[], near_duplicates=[]); out = {k:[] for k in rows}
@@ -128,12 +128,12 @@ def nearest(
     to = F.normalize(to)
     return torch.cat([1-(F.normalize(o)@to.T).max(1)[0] for o in x.split(1024)])
 
-def _power(train, valid, yt, yv, quantile=.95):
+def _power(train, valid, yt, yv):
     "Share of a class's validation images that are noticed to be of none of the others; None for a single class"
     res = []
     for c in yv.unique():
         if (yt!=c).sum()==0: return None
-        to = train[yt!=c]; reach = nearest(valid[yv!=c], to).quantile(quantile)
+        to = train[yt!=c]; reach = nearest(valid[yv!=c], to).quantile(.95)
         res.append((nearest(valid[yv==c], to)>reach).float().mean().item())
     return statistics.mean(res)
 
@@ -143,7 +143,8 @@ def _by_network(learn, files, broken, num_workers):
     other = [p for p in ok(files.unlabeled) if p not in {*files.labeled, *files.valid}]
     if not other: return []
     (train,_),(valid,_),(feats,turns) = (ask_network(learn, o, num_workers=num_workers) for o in (ok(files.labeled), ok(files.valid), other))
-    label = lambda fs: tensor([files.vocab.index(files.class_of(p)) for p in ok(fs)])
+    at = {o:i for i,o in enumerate(files.vocab)}
+    label = lambda fs: tensor([at[files.label(p)] for p in ok(fs)])
     reach,dist,power = nearest(valid, train).quantile(.95).item(),nearest(feats, train),_power(train, valid, label(files.labeled), label(files.valid))
     far = [i for i in dist.argsort(descending=True).tolist() if dist[i]>reach]
     trust = '' if power is None else f'; of a class without labels this network would notice {power:.0%}'+(', which is too weak to count by' if power<.2 else '')

@@ -40,7 +40,7 @@ def write_findings(
     r:Report, # What `doctor` found
     file:Path # Written anew
 ):
-    "Every finding with every file named, relative to the data's folder"
+    "Every finding with every file named, relative to the data's folder; raises `FileExistsError` where there is such a file"
     names = lambda ps: [_rel(p, r.path) for p in ps]
     res = dict(path=str(r.path), seconds=r.seconds, streams=r.streams, findings=[dict(name=o.name, title=o.title, says=o.says, bars=o.bars,
                rows=[dict(files=names(ps), note=n) for ps,n in o.rows], exclude=names(o.exclude)) for o in r.findings])
@@ -51,7 +51,7 @@ def write_exclude_list(
     file:Path, # Written anew
     names=('broken','leaks','duplicates','near_duplicates') # Findings whose advice to follow
 )->int: # How many files it lists
-    "The files to leave out as a JSON list, which `exclude=` and `--exclude` take"
+    "The files to leave out as a JSON list, which `exclude=` and `--exclude` take; raises `FileExistsError` where there is such a file"
     files = r.exclude(names)
     _write(file, json.dumps([_rel(p, r.path) for p in files], indent=0))
     return len(files)
@@ -99,7 +99,7 @@ def write_doctor_html(
     max_rows:int=24, # Groups of images shown for a finding
     names:str|Path=None # A JSON file of class names, see `class_names`
 ):
-    "A page with each finding and its images, which needs no other file"
+    "A page with each finding and its images, which needs no other file; raises `FileExistsError` where there is such a file"
     _write(file, html_page(f'Doctor: {r.path.absolute().name}', _body(r, max_rows, names)))
 
 @patch

@@ -33,9 +33,10 @@ def copy_model(
 
 # %% ../nbs/07e_ema.ipynb #07e00008
 def _tensors(model): return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+def _ids(modules): return [id(o) for m in modules for d in (m._parameters,m._buffers,m._modules) for o in d.values()]
 
 class EMA(TransientCallback):
-    "Average the weights over the steps of a fit; validation, `SaveModelCallback` and the end of the fit get the averages, training goes on with the weights"
+    "Average the weights over the steps of a fit ([Polyak and Juditsky, 1992](https://doi.org/10.1137/0330046); as a teacher, [Tarvainen and Valpola, 2017](https://arxiv.org/abs/1703.01780)); validation, `SaveModelCallback` and the end of the fit get the averages, training goes on with the weights; raises `ValueError` for a `decay` below 0, or of 1 or more"
     order,run_valid,name = 5,False,'ema'
     teacher,_learn,_raw,_loaded,_versions_then,_cancelled,_stepping,n_updates = None,None,None,None,None,False,False,0
     def __init__(self,
@@ -43,7 +44,7 @@ class EMA(TransientCallback):
         warmup:bool=True # Keep less in the first steps: (1+n)/(10+n) after n
     ):
         if not 0<=decay<1: raise ValueError(f"EMA(decay={decay}) must be 0 or more and below 1.")
-        self.decay,self.warmup = decay,warmup
+        self.decay,self.warmup,self._listed = decay,warmup,{}
 
     def decay_at(self,
         n:int # Steps before this one
@@ -59,14 +60,25 @@ class EMA(TransientCallback):
         object.__setattr__(self, '_learn', learn)
 
 # %% ../nbs/07e_ema.ipynb #07e00010
+@patch
+def _of(self:EMA, model):
+    "Names and tensors of `model`, parameters before buffers, and how many parameters: looked for anew only where a part was replaced, added or removed"
+    modules,ids,res = self._listed.get(id(model), ((),None,None))
+    if ids!=_ids(modules):
+        modules,res = [*model.modules()],(_tensors(model),len(dict(model.named_parameters())))
+        self._listed[id(model)] = modules,_ids(modules),res
+    return res
+
 @patch(as_prop=True)
 def _pairs(self:EMA):
     "Lists of the tensors of the model and of the teacher"
-    a,b = _tensors(plain_model(self.learn.model)),_tensors(self.teacher)
+    (a,_),(b,_) = self._of(plain_model(self.learn.model)),self._of(self.teacher)
     if list(a)!=list(b): raise ValueError(f"The model got or lost {', '.join(sorted({*a}^{*b})[:3])} while EMA averages it: change the model between fits.")
     return [o.detach() for o in a.values()],[*b.values()]
 
-def _versions(self): return [(id(p),p._version) for p in plain_model(self.learn.model).parameters()]
+def _versions(self):
+    tensors,n = self._of(plain_model(self.learn.model))
+    return [(id(p),p._version) for p in itertools.islice(tensors.values(), n)]
 
 def _rank0_floats(xs):
     "In distributed training, the first process's `xs`"
@@ -78,7 +90,7 @@ def _rank0_floats(xs):
 def update(self:EMA):
     "Move the averages towards the weights by one step"
     new,avg = self._pairs
-    n,d = len(list(self.teacher.parameters())),self.decay_at(self.n_updates)
+    n,d = self._of(self.teacher)[1],self.decay_at(self.n_updates)
     is_float = [o.is_floating_point() or o.is_complex() for o in avg]
     buffers = _rank0_floats([o for o,f in zip(new[n:],is_float[n:]) if f])   # each process has its own batch statistics
     new_f,avg_f = [o for o,f in zip(new[:n],is_float) if f]+buffers,[o for o,f in zip(avg,is_float) if f]
@@ -111,7 +123,7 @@ def _finish(self:EMA, in_step=False):
     "After a fit, however it ended: leave the averages in the model, unless weights were loaded since the last step; where it broke off `in_step`, what changed them was the optimizer"
     if self.teacher is not None and (in_step or self._versions_then==_versions(self)): self._use_averages()
     self.teacher = self._raw = self._versions_then = None
-    self._stepping = False
+    self._stepping,self._listed = False,{}
 
 # %% ../nbs/07e_ema.ipynb #07e00011
 @patch
@@ -168,6 +180,7 @@ def after_fit(self:EMA):
     self._use_averages()
     if running_fit(self.learn) is not None: return
     self.teacher = self._raw = self._versions_then = self._loaded = None
+    self._listed = {}
 
 # %% ../nbs/07e_ema.ipynb #07e00013
 @patch

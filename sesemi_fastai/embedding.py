@@ -9,6 +9,7 @@ __all__ = ['BarlowTwins', 'standardised_agreement']
 from fastai.vision.all import *
 from .samples import *
 from .losses import *
+from .features import *
 from .passes import *
 from .objective import *
 from .unlabeled import *
@@ -16,7 +17,7 @@ from .prediction import *
 
 # %% ../nbs/07f_embedding.ipynb #b283bba7
 class BarlowTwins(StrongObjective):
-    "Barlow Twins ([Zbontar et al., 2021](https://arxiv.org/abs/2103.03230)): the cross-correlation of two views' projections should be the identity"
+    "Barlow Twins ([Zbontar et al., 2021](https://arxiv.org/abs/2103.03230)): the cross-correlation of two views' projections should be the identity; raises `ValueError` where an argument is out of its range"
     name,figure,reads,passes_per_image = 'barlow_twins','same','features',2.
     @delegates(StrongObjective.__init__)
     def __init__(self,
@@ -34,8 +35,8 @@ class BarlowTwins(StrongObjective):
         n,hidden = self.n_proj,lambda i: [nn.Linear(i, self.n_proj, bias=False), nn.BatchNorm1d(self.n_proj), nn.ReLU(inplace=True)]
         return dict(projector=nn.Sequential(*hidden(n_features), *hidden(n), nn.Linear(n, n, bias=False)))
     def check(self, learn, x):
-        "Correlations need more than one image"
-        if unlabeled_dl(learn).bs<2: raise ValueError("BarlowTwins compares the images of a batch, and unlabeled_bs is 1: use 2 or more.")
+        "Correlations need more than one image; raises `ValueError` for an unlabeled_bs of 1"
+        if learn.dls.loaders[2].bs<2: raise ValueError("BarlowTwins compares the images of a batch, and unlabeled_bs is 1: use 2 or more.")
     def views(self):
         "The images as they are, and the strong view"
         return [weak, self.strong_view]

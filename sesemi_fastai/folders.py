@@ -43,16 +43,12 @@ class FolderFiles:
     vocab:list          # Names of the classes
     left_out:dict       # Classes that validation hasn't and that aren't used, and how many files each has
     path:Path           # Folder of the images
-    label:ClassFolder   # Gives the class of a file
+    label:ClassFolder   # Gives the class of a labelled or validation image
     extra:tuple=()      # Names of the last classes of `vocab`, which validation hasn't
 
     def all(self):
         "Each file once"
         return list(dict.fromkeys(self.labeled+self.valid+self.unlabeled))
-
-    def class_of(self, p):
-        "The class whose folder the labelled or validation image `p` is in"
-        return self.label(p)
 
     @property
     def valid_vocab(self):
@@ -60,8 +56,8 @@ class FolderFiles:
         return self.vocab[:len(self.vocab)-len(self.extra)]
 
     def with_labels(self, per_class):
-        "The same with the labels of the first `per_class` files of each class that validation has, in the order of their names; the pool stays as it is"
-        of = groupby(self.labeled, self.class_of)
+        "The same with the labels of the first `per_class` files of each class that validation has, in the order of their names; the pool stays as it is; raises `ValueError` where a class has fewer"
+        of = groupby(self.labeled, self.label)
         if per_class<1: raise ValueError(f"labels_per_class={per_class} must be 1 or more.")
         few = {k:len(of[k]) for k in self.valid_vocab if len(of[k])<per_class}
         if few: raise ValueError(f"labels_per_class={per_class} is more than there are of {', '.join(f'{printable(k)} ({n})' for k,n in few.items())}: use {min(few.values())} or fewer.")
@@ -74,7 +70,7 @@ class FolderFiles:
         keep = lambda fs: [o for o in fs if os.path.abspath(o) not in skip]
         res = replace(self, labeled=keep(self.labeled), valid=keep(self.valid), unlabeled=keep(self.unlabeled))
         for what,now,has in (('labelled',res.labeled,self.vocab),('validation',res.valid,self.valid_vocab)):
-            lost = set(has)-set(map(self.class_of, now))
+            lost = set(has)-set(map(self.label, now))
             if lost: raise ValueError(f"No {what} image of {', '.join(map(printable, sorted(lost)))} is left: put some there that can be read, or exclude fewer.")
         return res
 
@@ -99,7 +95,7 @@ def split_folder(
     exclude=(), # Files to leave out of every stream, or a JSON file that lists them
     extra:str=None # How to use classes of `train` that `valid` doesn't have: as 'labels', as unlabelled 'images', or 'both'; left out by default
 )->FolderFiles:
-    "Which files of `path` are labelled, for validation and unlabelled"
+    "Which files of `path` are labelled, for validation and unlabelled; raises `FileNotFoundError` where a folder isn't there, `ValueError` where the folders can't be trained with"
     path = Path(path).expanduser()
     if path.is_file(): path = unpack(path)
     _need_dir(path, "pass a folder with the images, or a .tgz of it")

@@ -47,7 +47,7 @@ def _why(e, path):
 def open_image(
     path:str|Path # An image file
 ):
-    "`path` opened by Pillow; whatever goes wrong with it in this context is a `BadImageError`"
+    "`path` opened by Pillow; whatever goes wrong with it in this context raises `BadImageError`"
     try:
         if not stat.S_ISREG(os.stat(path).st_mode): raise OSError('neither a file nor a link to one')
         with Image.open(path) as im: yield im

@@ -35,7 +35,7 @@ _sample_defaults = dict(labels_per_class=2, size=28, epochs=4, arch='resnet10_32
 def get_data(
     name:str # 'sample', 'imagewang', 'imagewang_320', 'imagewang_160', a folder or an archive
 )->Path: # The folder with `train`, `val` and `unsup`
-    "Where the images called `name` are; archives are unpacked once, into fastai's data folder"
+    "Where the images called `name` are; archives are unpacked once, into fastai's data folder; raises `FileNotFoundError` where there are none, `OSError` where they can't be fetched or unpacked"
     path = Path(sesemi_fastai.__file__).parent/'data'/'fashionwang.tgz' if name=='sample' else Path(name).expanduser()
     if name not in _urls and not path.exists(): raise FileNotFoundError(f"{printable(name)} is neither a folder nor an archive nor one of sample, {', '.join(_urls)}: check the path.")
     try: return untar_data(_urls[name]) if name in _urls else unpack(path) if path.is_file() else path
@@ -158,7 +158,7 @@ def train_all(
     baseline:bool=False, # Each with a supervised baseline
     **kwargs # For `train_run`
 ):
-    "Train `runs` runs into `out`, but for those that are finished or failed"
+    "Train `runs` runs into `out`, but for those that are finished or failed; raises `DivergedError` where one fails"
     for i in range(runs):
         c = replace(cfg, seed=cfg.seed+i)
         for kind in ['run','baseline'][:1+baseline]:

@@ -44,7 +44,7 @@ def resnet10(
     width:int=64, # Channels of the first stage; each of the three others doubles them
     **kwargs
 )->nn.Module:
-    "A torchvision ResNet with one basic block in each of its four stages; for small images and quick trials"
+    "A torchvision ResNet with one basic block in each of its four stages; for small images and quick trials; raises `ValueError` for a `width` below 1"
     model = resnet.ResNet(resnet.BasicBlock, [1,1,1,1], **kwargs)
     if width<1: raise ValueError(f"width={width} must be 1 or more.")
     return model if width==64 else _rescale(model, width)
@@ -84,7 +84,7 @@ _aux = dict(googlenet=dict(aux_logits=False, init_weights=True), inception_v3=di
 def get_arch(
     name:str # `resnet10` or `resnet10_WIDTH`, a classifier of torchvision such as `resnet50`, one of fastai's xresnets such as `xresnet18` or, with another activation in place of ReLU, `xresnet18_silu`, `xresnet18_mish` or `xresnet18_hardswish`, or `timm:` and the name of a model of timm
 ):
-    "The function that makes the network called `name`, with random weights"
+    "The function that makes the network called `name`, with random weights; raises `ValueError` where there is none"
     if (m := re.fullmatch(r'resnet10(?:_(\d+))?', name)): return partial(resnet10, width=int(m[1])) if m[1] else resnet10
     names = list_models(module=torchvision.models)   # classifiers only: those for detection and segmentation would fetch weights
     if name in names: return partial(get_model_builder(name), weights=None, **_aux.get(name, {}))
@@ -105,7 +105,7 @@ def _timm_arch(name):
 
 # %% ../nbs/11_learner.ipynb #69642eb4
 class LabeledMixUp(TransientCallback,MixUp):
-    "fastai's `MixUp` with the Learner's own `loss_func` left where it is, so that a fit that breaks off leaves nothing in its place"
+    "fastai's `MixUp` ([Zhang et al., 2018](https://arxiv.org/abs/1710.09412)) with the Learner's own `loss_func` left where it is, so that a fit that breaks off leaves nothing in its place"
     name = 'mix_up'
     def before_train(self):
         "Targets that are class numbers can't be mixed, their losses can"

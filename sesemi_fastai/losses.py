@@ -9,6 +9,7 @@ __all__ = ['class_log_probs', 'class_probs', 'entropy_loss', 'pseudo_label_loss'
 # %% ../nbs/05a_losses.ipynb #05a00002
 from fastai.vision.all import *
 import functools,itertools
+from .features import like_format
 
 # %% ../nbs/05a_losses.ipynb #05a00005
 def _wide(x):
@@ -157,7 +158,7 @@ def jigsaw_orders(
     n_orders:int=6, # K
     grid:int=3 # Tiles a side, 2 or 3
 )->Tensor: # `(K,grid²)`: the tile that each place shows; always the same for the same arguments
-    "Orders of tiles with large Hamming distances; the first is the identity"
+    "Orders of tiles with large Hamming distances; the first is the identity; raises `ValueError` where there are no such orders"
     if grid not in (2,3): raise ValueError(f"grid={grid} must be 2 or 3.")
     if not 2<=n_orders<=math.factorial(grid**2): raise ValueError(f"n_orders={n_orders} must be between 2 and {math.factorial(grid**2)} for {grid}×{grid} tiles.")
     return _far_orders(n_orders, grid).clone()
@@ -168,7 +169,7 @@ def jigsaw(
     orders:Tensor, # `(K,grid²)`, from `jigsaw_orders`
     grey:float=.1 # Probability that a tile loses its colours
 )->tuple: # Images `(B,C,grid·h,grid·w)`, h = H//grid and w = W//grid, and targets `(B,)` in 0..K-1
-    "Each image in one of the orders, drawn by torch's generator of its device; pixels that don't fill a tile are cut off around the centre"
+    "Each image in one of the orders, drawn by torch's generator of its device; pixels that don't fill a tile are cut off around the centre; raises `ValueError` where a tile would have none"
     (B,C,H,W),g = x.shape,math.isqrt(orders.shape[1])
     h,w = H//g,W//g
     if not h or not w: raise ValueError(f"Images of {H}×{W} pixels can't be cut into {g}×{g} tiles: use larger images.")
@@ -177,5 +178,4 @@ def jigsaw(
     t = t.reshape(B,C,g,h,g,w).permute(0,2,4,1,3,5).reshape(B,g*g,C,h,w)
     if C>1 and grey: t = torch.where(is_grey.view(B,g*g,1,1,1), t.mean(2,keepdim=True), t)
     t = t[torch.arange(B, device=x.device)[:,None],orders.to(x.device, non_blocking=True)[targ]]
-    res = t.reshape(B,g,g,C,h,w).permute(0,3,1,4,2,5).reshape(B,C,h*g,w*g)
-    return res.contiguous(memory_format=torch.channels_last if C>1 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else torch.contiguous_format),targ
+    return like_format(t.reshape(B,g,g,C,h,w).permute(0,3,1,4,2,5).reshape(B,C,h*g,w*g), x),targ

@@ -96,7 +96,7 @@ def one_tensor(
 
 # %% ../nbs/07a_objective.ipynb #dd54c307
 class UnlabeledObjective(TransientCallback):
-    "Base of objectives: a loss on the unlabelled images, added to the supervised one; needs `PairedDataLoaders`"
+    "Base of objectives: a loss on the unlabelled images, added to the supervised one; needs `PairedDataLoaders`; raises `ValueError` where an argument is out of its range"
     order,run_valid = MixedPrecision.order-5,False
     reads = 'classes' # What it reads of passes that it differentiates: 'classes', outputs of the model, or 'features'
     figure = 'acc'    # Name of the second column: the mean of what `loss` gives beside the loss

@@ -73,6 +73,6 @@ _named = dict(nesterov=(NesterovSGD,.1), adamw=(FusedAdamW,3e-3), ranger=(ranger
 def get_opt_func(
     name:str # 'nesterov', 'adamw' or 'ranger'
 )->tuple: # `opt_func` for `Learner`, and its usual highest learning rate
-    "The optimizer called `name`"
+    "The optimizer called `name`; raises `ValueError` where there is none"
     if name not in _named: raise ValueError(f"opt={name!r} isn't known: use {', '.join(_named)}.")
     return _named[name]

@@ -119,7 +119,7 @@ class _Perturbed:
         return batch.x+r
 
 class VAT(UnlabeledObjective):
-    "Virtual adversarial training ([Miyato et al., 2018](https://arxiv.org/abs/1704.03976)): predictions should withstand the small change of an image that changes them most"
+    "Virtual adversarial training ([Miyato et al., 2018](https://arxiv.org/abs/1704.03976)): predictions should withstand the small change of an image that changes them most; raises `ValueError` where an argument is out of its range"
     name,figure,tasks = 'vat','changed',('single','multi')
     @delegates(UnlabeledObjective.__init__)
     def __init__(self,
@@ -155,7 +155,7 @@ def label_shares(
     task:str, # 'single' or 'multi'
     n_out:int # Classes
 )->Tensor: # `(n_out,)`
-    "The share of labelled images that each class has; images aren't read"
+    "The share of labelled images that each class has; images aren't read; raises `ValueError` where labels can't be counted"
     labels = getattr(dls.train.dataset, 'tls', [None])[-1]
     if labels is None: raise ValueError("The labels of learn.dls.train can't be counted, as its dataset has none of fastai's pipelines: use align='uniform' or None.")
     n = torch.zeros(n_out)
@@ -163,7 +163,7 @@ def label_shares(
     return n/len(labels)
 
 class FixMatch(StrongObjective):
-    "FixMatch ([Sohn et al., 2020](https://arxiv.org/abs/2001.07685)), with FreeMatch's or SoftMatch's weighting and distribution alignment where asked for"
+    "FixMatch ([Sohn et al., 2020](https://arxiv.org/abs/2001.07685)), with FreeMatch's or SoftMatch's weighting and distribution alignment where asked for; raises `ValueError` where an argument is out of its range or doesn't go with another"
     name,figure,tasks,passes_per_image = 'fixmatch','used',('single','multi'),1+1/3
     @delegates(StrongObjective.__init__)
     def __init__(self,

@@ -8,6 +8,7 @@ __all__ = ['PretextObjective', 'rotations', 'random_rotations', 'RotationPretext
 # %% ../nbs/07c_pretext.ipynb #edf33f57
 from fastai.vision.all import *
 from .losses import *
+from .features import *
 from .passes import *
 from .objective import *
 from .unlabeled import *
@@ -47,18 +48,13 @@ def _need_square(x):
     if x.ndim!=4: raise ValueError(f"Rotations need a batch of shape (B,C,H,W), not {tuple(x.shape)}.")
     if x.shape[-1]!=x.shape[-2]: raise ValueError(f"Images of {x.shape[-2]}×{x.shape[-1]} pixels can't be rotated in one batch: add an item transform that makes them square, such as Resize({min(x.shape[-2:])}).")
 
-def _like(views, x):
-    "`views` in the memory format of `x`"
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return views.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
 def rotations(
     x:Tensor # `(B,C,H,W)`, square
 )->tuple: # Views `(4B,C,H,W)`, and targets `(4B,)`: `0 1 2 3 0 1 2 3 …` quarter turns
     "The four quarter turns of each image, interleaved, in the memory format of `x`; raises `ValueError` where `x` isn't a batch of square images"
     _need_square(x)
     views = torch.stack([torch.rot90(x, k, (2,3)) for k in range(4)], 1).flatten(0,1)
-    return _like(views, x), torch.arange(4, device=x.device).repeat(len(x))
+    return like_format(views, x), torch.arange(4, device=x.device).repeat(len(x))
 
 def random_rotations(
     x:Tensor # `(B,C,H,W)`, square
@@ -69,11 +65,11 @@ def random_rotations(
     t = x.transpose(2,3)   # a quarter turn is a transposition and a flip
     at = lambda k: (turns==k)[:,None,None,None]
     views = torch.where(at(1), t.flip(2), torch.where(at(2), x.flip((2,3)), torch.where(at(3), t.flip(3), x)))
-    return _like(views, x), turns
+    return like_format(views, x), turns
 
 # %% ../nbs/07c_pretext.ipynb #d0d49d36
 class RotationPretext(PretextObjective):
-    "Predict the rotation of unlabelled images, 0°, 90°, 180° or 270° ([Gidaris et al., 2018](https://arxiv.org/abs/1803.07728); [SESEMI](https://arxiv.org/abs/1906.10343))"
+    "Predict the rotation of unlabelled images, 0°, 90°, 180° or 270° ([Gidaris et al., 2018](https://arxiv.org/abs/1803.07728); [SESEMI](https://arxiv.org/abs/1906.10343)); raises `ValueError` for `views` that aren't known"
     name,n_targets,target_names,chance,needs,passes_per_image = 'rotation',4,('0°','90°','180°','270°'),.25,('upright','borders'),4.
     @delegates(PretextObjective.__init__)
     def __init__(self,

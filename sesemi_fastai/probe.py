@@ -23,10 +23,10 @@ def _inner(o):
     if isinstance(o, types.FunctionType): return [c.cell_contents for c in o.__closure__ or () if c!=types.CellType()]
     return list(getattr(o,'__dict__',{}).values())
 
-def _parts(transforms, most=2000):
+def _parts(transforms):
     "`transforms` and all that they are made of"
     todo,seen = [transforms],{}
-    while todo and len(seen)<most:
+    while todo and len(seen)<2000:
         o = todo.pop()
         if id(o) in seen or o is None: continue
         seen[id(o)] = o

@@ -12,7 +12,7 @@ from .features import *
 
 # %% ../nbs/10b_progressive.ipynb #10b00005
 class ProgressiveResize(TransientCallback):
-    "Training images of a side that grows from `start` of theirs to the whole within `until` of the training"
+    "Training images of a side that grows from `start` of theirs to the whole within `until` of the training; raises `ValueError` where an argument is out of its range"
     order,run_valid = -1,False   # before callbacks that mix or look at images
     def __init__(self,
         until:float=.5, # Share of the training after which images have their whole size

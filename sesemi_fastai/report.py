@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from scipy import stats
 import csv,json,statistics
 from .images import *
+from .results import failed_run
 
 # %% ../nbs/12_report.ipynb #0c12ab01
 def markdown_table(
@@ -77,9 +78,7 @@ def unfinished_runs(
     res = {}
     for o in sorted([*Path(out).glob('run-*'), *Path(out).glob('baseline-*')]):
         if not o.is_dir() or (o/'results.json').exists(): continue
-        try: res[o.name] = json.loads((o/'failed.json').read_text(encoding='utf-8'))['message']
-        except FileNotFoundError: res[o.name] = 'not finished'
-        except (ValueError, KeyError, TypeError): res[o.name] = 'failed, and its failed.json is damaged'
+        res[o.name] = ifnone(failed_run(o), 'not finished')
     return res
 
 # %% ../nbs/12_report.ipynb #116d4e3a

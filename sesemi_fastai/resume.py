@@ -45,7 +45,7 @@ class _Noted:
         self.epoch,self.step,self.train_iter,self.done = (state[k] for k in ('epoch','step','train_iter','done'))
 
 class ResumeTraining(TransientCallback):
-    "Save all that training depends on, and go on from there when the same fit is run again; needs `PairedDataLoaders`"
+    "Save all that training depends on, and go on from there when the same fit is run again; needs `PairedDataLoaders`; raises `ValueError` for an `every` that can't be used"
     order,_learn = 1_000_000,None   # after all others
     def __init__(self,
         folder:str|Path, # Where checkpoints are; of one Learner's fits alone

@@ -49,7 +49,7 @@ def fit_poly_warmup(self:Learner,
     cbs=None, # More callbacks for this fit
     **kwargs
 ):
-    "Fit for `n_epoch` with linear warm-up and polynomial decay, the schedule of the published SESEMI runs"
+    "Fit for `n_epoch` with linear warm-up and polynomial decay, the schedule of the published SESEMI runs; raises `ValueError` where an argument is out of its range"
     lr,pct = _warmup(self, n_epoch, lr_max, warmup_epochs)
     self.fit(n_epoch, cbs=ParamScheduler({'lr':PolyWarmup(lr, lr_warmup, pct, power)})+L(cbs), **kwargs)
 
@@ -64,7 +64,7 @@ def fit_cosine_warmup(self:Learner,
     cbs=None, # More callbacks for this fit
     **kwargs
 ):
-    "Fit for `n_epoch` with linear warm-up, then a cosine to zero"
+    "Fit for `n_epoch` with linear warm-up, then a cosine to zero; raises `ValueError` where an argument is out of its range"
     lr,pct = _warmup(self, n_epoch, lr_max, warmup_epochs)
     up,down = SchedLin(lr/div, lr),SchedCos(lr, 0*lr)
     self.fit(n_epoch, cbs=ParamScheduler({'lr':combine_scheds([pct,1-pct], [up,down])})+L(cbs), **kwargs)

@@ -12,6 +12,7 @@ import dis,hashlib,platform,types,torchvision,fastai,fastcore,torch
 import sesemi_fastai
 from .cache import *
 from .streams import *
+from .features import plain_model
 
 # %% ../nbs/13a_settings.ipynb #13c00006
 def digest(
@@ -190,14 +191,14 @@ def layer_names(
     learn:Learner # Whose model's layers and own parts are meant
 )->dict: # By `id`
     "Names of the layers of the model, by which callbacks may refer to them"
-    return {id(m):f'layer {n or "model"}' for n,m in get_model(learn.model).named_modules()} | {id(learn):'Learner', id(learn.dls):'DataLoaders', id(learn.opt):'optimizer'}
+    return {id(learn.model):'layer model'} | {id(m):f'layer {n or "model"}' for n,m in plain_model(learn.model).named_modules()} | {id(learn):'Learner', id(learn.dls):'DataLoaders', id(learn.opt):'optimizer'}
 
 def run_settings(
     learn:Learner, # At the beginning of a fit
     leave_out=() # Callbacks that aren't compared
 )->dict: # Plain; what has to be equal for a fit to go on
     "Settings, data and versions that the result of a fit depends on"
-    model,names = get_model(learn.model),layer_names(learn)
+    model,names = plain_model(learn.model),layer_names(learn)
     res = {'epochs':learn.n_epoch, 'steps per epoch':len(learn.dls.train), 'processes':num_distrib() or 1, 'device':torch.device(learn.dls.device or 'cpu').type}
     for nm,dl in zip(('labelled','validation','unlabelled'), map(whole_dl, learn.dls.loaders)): res |= {f'{nm} {k}':v for k,v in describe_loader(dl).items()}
     res['network'] = {'':type(model).__name__} | {n or 'model':_layer(m, partial(describe, names=names)) for n,m in model.named_modules()}
@@ -209,6 +210,7 @@ def run_settings(
             'schedule':{k:[np.asarray(f(p)).tolist() for p in (0.,.1,.3,.6,1.)] for k,f in scheds.items()}, 'loss':describe(learn.loss_func, names), 'metrics':[o.name for o in learn.metrics]}
     cbs = sorted(((type(o).__name__, callback_args(o, names)) for o in learn.cbs if not only_shows(o) and not any(o is c for c in leave_out)), key=repr)
     for i,(n,args) in enumerate(cbs): res[n+(f' {k}' if (k := 1+sum(o[0]==n for o in cbs[:i]))>1 else '')] = args
+    if hasattr(get_model(learn.model),'_orig_mod') or model._compiled_call_impl is not None: res['torch.compile'] = True   # its rounding may be another
     if torch.are_deterministic_algorithms_enabled(): res['deterministic algorithms'] = True   # absent where off, as before there was the setting
     v = versions()
     return res | {f'version of {k}':o for k,o in v.items() if k!='python'} | {'version of python':v['python'].rpartition('.')[0]}

@@ -56,7 +56,7 @@ def show_batch(self:StreamDL,
     unique:bool=False, # One image, augmented differently in each place
     **kwargs
 ):
-    "For the unlabelled stream the views of an objective and their names; for the labelled one fastai's own"
+    "For the unlabelled stream the views of an objective and their names; for the labelled one fastai's own; raises `ValueError` where views need a model"
     if unique and b is None: b = self.batch_of_one(max_n)
     if self.stream!='unlabeled': return TfmdDL.show_batch(self, b, max_n=max_n, **kwargs)
     objective,b = objective or RotationPretext(),b or self.one_batch()
@@ -90,7 +90,7 @@ def _trained(cb):
 @patch
 def get_preds(self:PretextObjective,
     n:int=64 # Unlabelled images
-)->tuple: # Views as they went into the network, probabilities and targets, on the CPU
+)->tuple: # Views as they went into the network `(N,C,H,W)`, probabilities `(N,K)` and targets `(N,)`, on the CPU
     "What the head makes of the views of `n` unlabelled images; raises `ValueError` after the callback was detached, or before it was trained"
     (learn,model),layer,res = _trained(self),self.fit_layer,[]
     with eval_mode(model):
@@ -130,7 +130,7 @@ def show_results(self:UnlabeledObjective,
     max_n:int=8, # Images to show
     **kwargs
 ):
-    "Unlabelled images with what the model predicts of them, and the views that this objective compares with them below, with what it predicts of those"
+    "Unlabelled images with what the model predicts of them, and the views that this objective compares with them below, with what it predicts of those; raises `ValueError` where it wasn't trained with this Learner's model"
     (learn,model),task = _trained(self),self.made_for[0]
     with eval_mode(model), torch.no_grad():
         x = torch.cat([*_unlabeled_batches(learn, max_n)])
@@ -146,7 +146,7 @@ def show_results(self:FixMatch,
     max_n:int=8, # Images to show
     **kwargs
 ):
-    "Unlabelled images with their pseudo-labels, confidences and thresholds as after the last step, and their strong views below"
+    "Unlabelled images with their pseudo-labels, confidences and thresholds as after the last step, and their strong views below; raises `ValueError` where it wasn't trained with this Learner's model"
     learn,model = _trained(self)
     teacher = self.teacher=='ema' and getattr(first(learn.cbs, risinstance(EMA)),'teacher',None) or model   # after a fit the model holds the averages
     with eval_mode(model):

@@ -12,11 +12,10 @@ import signal,sys
 # %% ../nbs/13c_signals.ipynb #13f00006
 def running_fit(
     learn:Learner, # Whose fit is looked for
-    frame=None, # Where to begin; the caller by default
     method:str='_do_fit' # Of `Learner`; 'fit' until the callbacks that it was given are removed, too
 ): # A frame, or None
-    "The frame of a fit of `learn`, where `frame` is within it"
-    f = frame or sys._getframe(1)
+    "The frame of a fit of `learn`, where the caller is within it"
+    f = sys._getframe(1)
     while f is not None and not (f.f_code.co_name==method and f.f_locals.get('self') is learn): f = f.f_back
     return f
 

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['get_state', 'set_state', 'shift_clocks', 'known_parts', 'get_callbacks', 'set_callbacks', 'get_weights',
-           'set_weights', 'rng_states', 'set_rng_states', 'get_progress', 'set_progress']
+           'set_weights', 'get_progress', 'set_progress']
 
 # %% ../nbs/13b_state.ipynb #13e00003
 from fastai.vision.all import *
 import logging,types,weakref,torch
 from datetime import datetime,timedelta
+from .generators import *
 from .streams import *
+from .features import plain_model
 from .checkpoint import *
 from .settings import *
 
@@ -50,7 +52,6 @@ def get_state(
     return {'attrs':{k:s for k,v in vars(o).items() if not k.startswith('__') and (s := inner(v)) is not None}}
 
 def _cant(o): raise NotPlainError(f'a {type(o).__name__}')
-def _unwrapped(o): return inspect.unwrap(o.func) if isinstance(o, BaseLoss) else o
 
 def set_state(
     o, # As it was when `state` was taken
@@ -108,7 +109,7 @@ def known_parts(
     learn:Learner # Whose parts are kept by themselves, or have no state
 )->set: # Of `id`
     "Parts of `learn` to which callbacks may refer"
-    model = get_model(learn.model)
+    model = plain_model(learn.model)
     parts = [learn,learn.dls,learn.model,learn.opt,getattr(learn.opt,'opt',None),learn.opt_func,learn.loss_func,learn.cbs,learn.metrics,getattr(learn,'scaler',None)]
     parts += [*learn.cbs,*learn.metrics,*model.modules(),*model.parameters(),*model.buffers(),*learn.dls.loaders,*map(whole_dl, learn.dls.loaders)]
     return {id(o) for o in parts+[o.dataset for o in map(whole_dl, learn.dls.loaders)] if o is not None}
@@ -161,7 +162,7 @@ def get_weights(
     learn:Learner # In a fit
 )->dict: # Plain
     "Model, optimizer, scaler, gradients that aren't zero, and the loss function"
-    model,scaler = get_model(learn.model),getattr(learn,'scaler',None)
+    model,scaler = plain_model(learn.model),getattr(learn,'scaler',None)
     grads = {n:p.grad for n,p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
     try: loss = get_state(learn.loss_func)
     except NotPlainError: loss = None
@@ -172,25 +173,13 @@ def set_weights(
     state:dict # From `get_weights`
 ):
     "Put the weights back"
-    model = get_model(learn.model)
+    model = plain_model(learn.model)
     model.load_state_dict(state['model'])
     params = dict(model.named_parameters()); device = first(params.values()).device
     learn.opt.load_state_dict(to_device(state['opt'], device) if not isinstance(learn.opt, OptimWrapper) else state['opt'])
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     if state['loss'] and not isinstance(learn.loss_func, _code): set_state(learn.loss_func, state['loss'])
     for n,p in params.items(): p.grad = state['grads'][n].to(p) if n in state['grads'] else None
-
-def rng_states()->dict: # Plain
-    "States of Python's, NumPy's and torch's generators"
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
-
-def set_rng_states(
-    states:dict # From `rng_states`
-):
-    "Put the generators where they were"
-    random.setstate(states['python']); np.random.set_state(states['numpy']); torch.set_rng_state(states['torch'].cpu())
-    if states['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda'][:torch.cuda.device_count()]])   # there may be fewer GPUs now
 
 # %% ../nbs/13b_state.ipynb #13a00013
 def _streams(learn): return [o for o in map(whole_dl, learn.dls.loaders) if isinstance(o, StreamDL)]
@@ -210,7 +199,7 @@ def get_progress(
     for o in learn.metrics:
         try: metrics.append(get_state(o, {id(learn)}))
         except NotPlainError as e: metrics.append(None); lost.append(f'metric {o.name} ({e})')
-    return dict(epoch=learn.epoch, step=step, pct_train=learn.pct_train, train_iter=learn.train_iter, rng=rng_states(), time=time.time(),
+    return dict(epoch=learn.epoch, step=step, pct_train=learn.pct_train, train_iter=learn.train_iter, rng=get_generators(), time=time.time(),
         loss=learn.loss, smooth_loss=getattr(learn,'smooth_loss',None), streams={dl.stream:(dl.epoch-(taken[dl.stream]>0), taken[dl.stream]) for dl in _streams(learn)},
         callbacks=cbs, metrics=metrics),lost
 
@@ -231,5 +220,5 @@ def set_progress(
         epoch,taken = state['streams'][dl.stream]
         done = state['step']==n and (dl.stream!='labeled' or state['done'])   # nothing more is taken of this pass
         dl.epoch,dl.n_skip = (epoch+(taken>0),0) if done else (epoch,taken)
-    set_rng_states(state['rng'])
+    set_generators(state['rng'])
     return lost

@@ -12,6 +12,7 @@ from fastai.data.load import _FakeLoader
 from torch.utils.data import get_worker_info
 from contextlib import nullcontext
 import hashlib,multiprocessing,signal
+from .generators import *
 from .images import *
 from .transfer import *
 
@@ -22,26 +23,14 @@ def random_key(
     "A seed that depends on all of `parts` and nothing else"
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little') >> 1
 
-def _device_generator(device):
-    "Torch's generator of a GPU; None for the CPU and for devices that have none"
-    device = None if device is None else torch.device(device)
-    if device is None or device.type in ('cpu','meta'): return None
-    if device.type=='mps': return torch.mps._get_default_mps_generator()
-    mod = getattr(torch, device.type)
-    mod.init()
-    return mod.default_generators[ifnone(device.index, mod.current_device())]
-
 @contextmanager
 def preserved(
     device=None # A GPU whose generator is meant too
 ):
     "After this context Python's, NumPy's and torch's generators are where they were: the CPU's, and that of `device`"
-    states,gpu = (random.getstate(),np.random.get_state(),torch.get_rng_state()),_device_generator(device)
-    gpu_state = gpu and gpu.get_state()
+    states = get_generators([device])
     try: yield
-    finally:
-        random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
-        if gpu: gpu.set_state(gpu_state)
+    finally: set_generators(states)
 
 def reseed(
     key:int, # From `random_key`
@@ -49,7 +38,7 @@ def reseed(
 ):
     "Start Python's, NumPy's and torch's generators from `key`: the CPU's, and that of `device`"
     random.seed(key); np.random.seed(key%2**32); torch.default_generator.manual_seed(key)
-    if (gpu := _device_generator(device)): gpu.manual_seed(key)
+    if (gpu := gpu_generator(device)): gpu.manual_seed(key)
 
 @contextmanager
 def seeded(
@@ -213,7 +202,7 @@ class StreamDL(TfmdDL):
         rank:int=0, # Which of the processes that share the stream
         world:int=1 # How many they are
     )->EpochSamples: # `n_steps*bs` sample indices
-        "Those of the next epoch, but for the batches to leave out: of each batch of `world*bs` images the `rank`-th part, as `torch.chunk` cuts it"
+        "Those of the next epoch, but for the batches to leave out: of each batch of `world*bs` images the `rank`-th part, as `torch.chunk` cuts it; raises `ValueError` where there are fewer images than that"
         if self.n<self.bs*world: raise ValueError(f"There are {self.n} {self.stream} images for batches of {self.bs*world}: use a smaller batch size.")
         skip,self.n_skip = self.n_skip,0
         self.epoch += 1

@@ -9,6 +9,7 @@ __all__ = ['norm_stats', 'StrongAugment', 'StrongTransforms', 'as_strong']
 from fastai.vision.all import *
 from fastai.vision.augment import AffineCoordTfm,LightingTfm,SpaceTfm,affine_mat,rotate_mat,setup_aug_tfms,_SaturationLogit
 from .streams import *
+from .features import like_format
 
 # %% ../nbs/05b_strong.ipynb #05b00005
 def norm_stats(
@@ -31,8 +32,7 @@ class _Range:
 
 def _like(y, x):
     "`y` in type and memory format of `x`"
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.as_subclass(Tensor).to(x.dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return like_format(y.as_subclass(Tensor).to(x.dtype), x)
 
 # %% ../nbs/05b_strong.ipynb #05b00008
 def _uniform(x, lo, hi, p):
@@ -47,7 +47,7 @@ class _Saturation(_SaturationLogit):
         return x.mul_(keep).add_(grey*(1-keep))
 
 class StrongAugment:
-    "A strong view of a normalised batch `(B,C,H,W)`, of the same shape, type, device and memory format; any number of channels"
+    "A strong view of a normalised batch `(B,C,H,W)`, of the same shape, type, device and memory format; any number of channels; raises `ValueError` for a `mean` without `std`, or the reverse"
     def __init__(self,
         max_rotate:float=30., # Degrees
         max_shear:float=.3, # Shift of a side by a share of the other, in each direction
@@ -156,7 +156,7 @@ def as_strong(
     strong=None, # None: `StrongAugment`; a function `(B,C,H,W)` → `(B,C,H,W)` of a normalised batch; or one or several of fastai's or torchvision's transforms
     dls=None # Where the images' normalisation is found
 ): # A function of a batch; equal where two views are
-    "What `strong=` of an objective stands for"
+    "What `strong=` of an objective stands for; raises `ValueError` where it can't be used"
     mean,std = norm_stats(dls)
     if strong is None: return StrongAugment(mean=mean, std=std)
     if is_listy(strong): return StrongTransforms(list(strong), mean, std)

@@ -76,7 +76,7 @@ class UnlabeledStep(TransientCallback):
     def before_train(self):
         "Open the unlabelled loader"
         if not self._ready: self.prepare()
-        self._it,self.n_taken,self._sums = iter(unlabeled_dl(self.learn)),0,{o.name:[0.,0.,0] for o in self.objectives}
+        self._it,self.n_taken,self._sums = iter(self.dls.loaders[2]),0,{o.name:[0.,0.,0] for o in self.objectives}
     def after_loss(self):
         "Joint objectives: add their weighted losses to what is differentiated"
         with memory_advice():
@@ -209,11 +209,11 @@ def forget_search(self:UnlabeledStep):
 
 @patch
 def next_images(self:UnlabeledStep)->Tensor: # `(B,C,H,W)`
-    "The next unlabelled batch; the loader starts over where it ends before the labelled one"
+    "The next unlabelled batch; the loader starts over where it ends before the labelled one; raises `ValueError` where it gives nothing"
     device = first(self.learn.model.parameters()).device
     with torch.autocast(device.type, enabled=False):   # which `MixedPrecision` has begun by now; labelled images are transformed outside of it
         b = next(self._it, None)
-        if b is None: self._it,self.n_taken = iter(unlabeled_dl(self.learn)),0; b = next(self._it, None)
+        if b is None: self._it,self.n_taken = iter(self.dls.loaders[2]),0; b = next(self._it, None)
     if b is None: raise ValueError("The unlabelled loader gave no batch: it needs at least unlabeled_bs images.")
     self.n_taken += 1
     x = (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor).to(device)
@@ -237,7 +237,7 @@ def loss_of(self:UnlabeledStep,
     o:UnlabeledObjective, # One of the step's
     learning:bool=True # Whether gradients are wanted
 )->Tensor: # A scalar
-    "Loss of an objective, unweighted; counted for the columns"
+    "Loss of an objective, unweighted; counted for the columns; raises `ValueError` where it has no gradient"
     bound = BoundBatch(self._batch, o, self._task, learning)
     loss,figure = o.loss(bound)
     figure = figure.detach().float().flatten()   # one for each image, or each decision where there are several classes to an image

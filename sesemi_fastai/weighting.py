@@ -12,7 +12,7 @@ from .losses import *
 
 # %% ../nbs/05c_weighting.ipynb #05c00004
 class BatchStatistics:
-    "Statistics of target probabilities over the batches of a run; `None` before the first"
+    "Statistics of target probabilities over the batches of a run; `None` before the first; raises `ValueError` for a `momentum` out of its range"
     stats = () # Names of the attributes that hold them
     def __init__(self,
         momentum:float=.999 # Of the averages
@@ -51,7 +51,7 @@ def _confidence(p):
 
 # %% ../nbs/05c_weighting.ipynb #05c00005
 class FixedThreshold(BatchStatistics):
-    "FixMatch's: 1 where the most probable outcome has at least `threshold`, else 0"
+    "FixMatch's: 1 where the most probable outcome has at least `threshold`, else 0; raises `ValueError` where it isn't between 0 and 1"
     def __init__(self,
         threshold=.95 # Between 0 and 1, or one for each class
     ):
@@ -74,7 +74,7 @@ class FixedThreshold(BatchStatistics):
 
 # %% ../nbs/05c_weighting.ipynb #05c00008
 class FreeMatchThreshold(BatchStatistics):
-    "Self-adaptive thresholds: τ_c = t̄·p̃_c / max p̃, of the averages t̄ of max p and p̃ of p, both from 1/C"
+    "FreeMatch's self-adaptive thresholds ([Wang et al., 2023](https://arxiv.org/abs/2205.07246)): τ_c = t̄·p̃_c / max p̃, of the averages t̄ of max p and p̃ of p, both from 1/C"
     stats = 'confidence','shares','counts' # t̄; p̃; and the average of predicted classes, for `fairness_loss`
     def __init__(self,
         momentum:float=.999 # Of the averages
@@ -105,7 +105,7 @@ def fairness_loss(
     weighting:FreeMatchThreshold, # That gave them
     task:str='single' # 'single' or 'multi'
 )->Tensor: # A scalar; 0 where nothing is kept
-    "FreeMatch's `Σ a·log b`, a = norm(p̃/h̃), b = norm(p̄/h̄), with p̄ the mean and h̄ the histogram of the kept predictions; its factor is .001 in the source"
+    "FreeMatch's ([Wang et al., 2023](https://arxiv.org/abs/2205.07246)) `Σ a·log b`, a = norm(p̃/h̃), b = norm(p̄/h̄), with p̄ the mean and h̄ the histogram of the kept predictions; its factor is .001 in the source"
     p = class_log_probs(logits, task).exp()
     kept = (weights>0).to(p.dtype).unsqueeze(-1)
     hist = torch.zeros_like(p).scatter_(-1, p.argmax(-1,keepdim=True), 1.)
@@ -115,7 +115,7 @@ def fairness_loss(
 
 # %% ../nbs/05c_weighting.ipynb #05c00014
 class SoftMatchWeights(BatchStatistics):
-    "exp(-min(max p - μ, 0)² / (2σ²/n²)), μ and σ² being averages of mean and variance of max p"
+    "SoftMatch's ([Chen et al., 2023](https://arxiv.org/abs/2301.10921)) exp(-min(max p - μ, 0)² / (2σ²/n²)), μ and σ² being averages of mean and variance of max p"
     stats = 'mean','var'
     def __init__(self,
         momentum:float=.999, # Of the averages
@@ -138,7 +138,7 @@ class SoftMatchWeights(BatchStatistics):
 
 # %% ../nbs/05c_weighting.ipynb #05c00017
 class DistributionAlignment(BatchStatistics):
-    "p ← normalise(p · target / p̃), p̃ being the average of p"
+    "p ← normalise(p · target / p̃), p̃ being the average of p ([Berthelot et al., 2020](https://arxiv.org/abs/1911.09785)); raises `ValueError` for a `target` that can't be used"
     stats = 'shares',
     def __init__(self,
         target='uniform', # Or the expected shares of the classes `(C,)`; counts do too for 'single'

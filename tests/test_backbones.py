@@ -74,6 +74,21 @@ def test_unlabelled_loader_starts_over():
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert len(learn.recorder.losses)==3 and learn.unlabeled_step.n_taken==1
 
+def test_an_epoch_asks_the_unlabelled_loader_for_its_batches_only():
+    "Loaders of other kinds can be looked at only by beginning a pass: that is done before a fit, not at each epoch and restart"
+    begun = []
+    class Three(Loader):
+        def __len__(self): return 3
+        def __iter__(self): yield from [self.batch]*3
+    class Counted(Loader):
+        def __iter__(self): begun.append(1); yield self.batch
+    x,y = torch.randn(2,3,64,64),torch.tensor([0,1])
+    def fit(n):
+        begun.clear(); learn = Learner(DataLoaders(Three(x,y), Loader(x,y), Counted(x)), tv.resnet18(num_classes=3), loss_func=nn.CrossEntropyLoss(), opt_func=SGD, cbs=RotationPretext())
+        with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3)
+        return len(begun)
+    assert fit(2)-fit(1)==3
+
 def test_no_place_is_an_error_that_says_so():
     model,x = tv.squeezenet1_1(num_classes=3),torch.randn(2,3,64,64)
     learn = Learner(DataLoaders(Loader(x, torch.tensor([0,1])), Loader(x, torch.tensor([0,1])), Loader(x)), model, loss_func=nn.CrossEntropyLoss(), opt_func=SGD)

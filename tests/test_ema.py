@@ -257,3 +257,27 @@ def test_buffers_are_the_first_processes(learner, monkeypatch):
     learn = learner(EMA(0., warmup=False)); learn.fit(1, .1)
     assert len(sent)==N and (learn.model.bn.running_mean==7).all() and (learn.model.scale==7).all() and learn.model.count==N and not (learn.model.conv.weight==7).any()
     assert all(o.numel()==9 for o in sent)
+
+def test_tensors_are_looked_for_once(learner, monkeypatch):
+    "a step of the fit doesn't go through all modules; one that was replaced, added to both or removed from both is found all the same: averages equal a loop's"
+    looks,steps = [],[]
+    for o in ('named_parameters','parameters','named_buffers'):
+        monkeypatch.setattr(Net, o, lambda self, *args, f=getattr(nn.Module,o), **kw: looks.append(1) or f(self, *args, **kw))
+    class Looked(Callback):
+        run_valid = False
+        def __init__(self, order): self.order = order
+        def after_step(self): steps.append(len(looks))
+    learn = learner(); learn.fit(1, .1, cbs=[Looked(4),EMA(.95),Looked(6)]); assert sum(b-a for a,b in zip(steps[2::2], steps[3::2]))==0 and len(steps)==2*N
+    monkeypatch.undo()
+    def replace(learn):
+        m = learn.model; m.bn.running_mean,m.scale = m.bn.running_mean+1,m.scale.clone(); m.b.bias = nn.Parameter(m.b.bias+1, requires_grad=False)
+    def both(f):
+        def g(learn): f(learn.model); f(learn.ema.teacher)
+        return g
+    grow = both(lambda m: setattr(m, 'more', nn.Linear(2,2).double())); shrink = both(lambda m: delattr(m, 'more'))
+    learn = learner(Watch()); torch.manual_seed(1); learn.fit(1, .1, cbs=[EMA(.95), At('before_batch', replace, epoch=0)])
+    for seen,avg in learn.watch.valid: close(seen, avg)
+    learn = learner(); teachers = []
+    learn.fit(1, .1, cbs=[EMA(.95), At('before_batch', grow, epoch=0), At('after_step', lambda learn: teachers.append((learn.ema.teacher.more.weight.clone(), learn.model.more.weight.clone(), learn.ema.decay_at(3))), epoch=0, order=9, step=3),
+        At('before_step', lambda learn: teachers.insert(0, learn.ema.teacher.more.weight.clone()), epoch=0, step=3), At('before_batch', shrink, epoch=0, step=5)])
+    was,(now,new,d) = teachers; torch.testing.assert_close(now, d*was+(1-d)*new); assert not hasattr(learn.model,'more')

@@ -18,7 +18,7 @@ from fastai.callback.all import ChannelsLast,CSVLogger,CutMix,GradientAccumulati
 from sesemi_fastai.all import BatchNormGroups,BFloat16,EntropyMin,JigsawPretext,NesterovSGD,PairedDataLoaders,PlainProgress,RotationPretext,StepSeed
 from sesemi_fastai.passes import feature_pass
 from sesemi_fastai.features import find_feature_layer
-from sesemi_fastai.randomness import get_generators
+from sesemi_fastai.generators import get_generators
 
 class Net(nn.Module):
     "A small network with names as torchvision gives them"
@@ -68,7 +68,7 @@ def heads(learn): return {f'{o.name}.{n}':p for o in learn.unlabeled_step.object
 def head(learn): return learn.rotation.fit_heads['head'].weight
 def equal(a, b): return list(a)==list(b) and all(torch.equal(a[k], b[k]) for k in a)
 def weights(learn): return {k:v.clone() for k,v in (learn.model.state_dict()|heads(learn)).items()}
-def same_generators(a, b): return a[0]==b[0] and (a[1][1]==b[1][1]).all() and torch.equal(a[2], b[2])
+def same_generators(a, b): return a['python']==b['python'] and (a['numpy'][1]==b['numpy'][1]).all() and torch.equal(a['torch'], b['torch'])
 def no_trace(path):
     "Whether nothing that was pickled in the file names this package"
     with zipfile.ZipFile(path) as z: return not any(b'sesemi' in z.read(o) for o in z.namelist())

@@ -11,7 +11,6 @@ from fastai.callback.training import GradientClip
 from sesemi_fastai.all import *
 from sesemi_fastai.learner import LabeledMixUp
 from sesemi_fastai.checkpoint import unpack_state
-from sesemi_fastai.state import rng_states,set_rng_states
 from sesemi_fastai.settings import describe,describe_items,differences,run_settings
 
 def by_index(o): return 'ab'[int(Path(o).stem)%2]
@@ -203,18 +202,29 @@ def test_versions(folder, tmp_path, monkeypatch):
     fit(allow=['version of torch','version of python'])
 
 def test_fewer_gpus_than_before(monkeypatch):
-    "Saved with four GPUs visible, resumed with one: its generator goes on, and tensors of the others come to the one there is"
-    generators,moved = [None],[]
-    def set_all(states):
-        for i,o in enumerate(states): generators[i] = o   # which fails beyond the last, as torch's does
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(generators)); monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'set_rng_state_all', set_all)
-    set_rng_states(rng_states()|dict(cuda=[torch.tensor([i]) for i in range(4)])); assert generators==[torch.tensor([0])]
+    "Saved with four GPUs visible, resumed with one: tensors of the others come to the one there is; generators are tested where they are put back"
+    moved = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1); monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     class OnGPU:
         def to(self, device): moved.append(str(device)); return self
     for o in ('cuda:3','cuda:0'): unpack_state(('on',(o,OnGPU())))
     assert moved==['cuda','cuda:0']
-    generators.clear(); set_rng_states(rng_states()|dict(cuda=[torch.tensor([0])])); assert generators==[]
+
+@pytest.mark.parametrize('compiled_first', [True,False])
+def test_compiled_and_not(folder, tmp_path, compiled_first):
+    "A run goes on with `torch.compile` or without it where that difference is allowed, bitwise as it began where the backend computes the same; it is one difference, by its name"
+    def learner(compiled):
+        res = tiny(folder)
+        if compiled: res.model = torch.compile(res.model, backend='eager')
+        return res
+    a,b = (run_settings(learner(o)) for o in (compiled_first,not compiled_first))
+    assert differences(a, b)==[f'torch.compile was {"True" if compiled_first else "absent"}, now {"absent" if compiled_first else "True"}']
+    whole = learner(False); set_seed(2); whole.fit(2, .1)
+    cut = learner(compiled_first); set_seed(2)
+    with pytest.raises(RuntimeError, match='cut'): cut.fit(2, .1, cbs=[ResumeTraining(tmp_path, 1), Cut(2)])
+    with pytest.raises(CheckpointError, match='torch.compile was'): learner(not compiled_first).fit(2, .1, cbs=ResumeTraining(tmp_path, 1))
+    again = learner(not compiled_first); again.fit(2, .1, cbs=ResumeTraining(tmp_path, 1, allow='torch.compile'))
+    again.model = getattr(again.model,'_orig_mod',again.model); same(whole, again)
 
 def test_frozen_layers_are_named(folder, tmp_path):
     with pytest.raises(RuntimeError, match='cut'): tiny(folder).fit(2, .1, cbs=[ResumeTraining(tmp_path, 1), Cut(4)])
