@@ -4,7 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from torch import nn
-from fastai.vision.all import Callback,ProgressCallback,noop,params
+from fastai.vision.all import Callback,DataLoaders,Datasets,ProgressCallback,TfmdDL,noop,params
 import sesemi_fastai.checkpoint as checkpoint
 from sesemi_fastai.all import EMA,ResumeTraining,RunConfig,TrainingStopped,deterministic_algorithms
 from sesemi_fastai.distributed import from_rank0,local_first,on_processes
@@ -137,6 +137,13 @@ def tell(folder, rank, port):
         try: two_processes.fit(learn)
         except ValueError as e: raise type(e)(str(e).partition(')')[0][-20:])   # without the path
     note(resumed, True); note(resumed, False, rank)
+    def unseeded():
+        "The head of a fit whose unlabelled loader has no seed, after the processes drew different numbers"
+        dls = two_processes.data(4, 2); torch.manual_seed(rank)
+        learn = two_processes.learner(DataLoaders(dls.train, dls.valid, TfmdDL(Datasets(range(100,126), [[two_processes.Paint()]]), bs=2, shuffle=True, drop_last=True, num_workers=0, device='cpu')))
+        two_processes.fit(learn)
+        return learn.rotation.fit_heads['head'].weight.flatten().tolist()
+    note(unseeded)
     (folder/f'told-{rank}.json').write_text(json.dumps([got,len(asked)]))
     os._exit(0)
 

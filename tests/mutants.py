@@ -501,6 +501,7 @@ mutants = [
     M('show', "class_probs(teacher(x), self.made_for[0])", "class_probs(teacher(x), 'single')", 'show'),
     M('show', "if any(hasattr(v,'from_batch') for v in objective.views()): raise", "if False: raise", 'show'),
     M('unlabeled', "getattr(whole_dl(getattr(self.dls, 'unlabeled', None)), 'bad', None)", "getattr(getattr(self.dls, 'unlabeled', None), 'bad', None)", 'unlabeled'),
+    M('unlabeled', 'if seed is None and wrapped_ddp(learn) is not None', 'if False', 'test_distributed.py::test_unseeded_heads'),
 ]
 
 def notebook(module):

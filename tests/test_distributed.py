@@ -197,7 +197,11 @@ def test_errors_are_told(told):
 
 def test_checkpoint_of_another_run_in_one(told):
     "two processes, `ResumeTraining`: settings that differ in one process are refused in both"
-    for got,_ in told: assert len(got)==8 and 'cut' in got[6] and got[7].startswith('CheckpointError') and got[7].endswith('n was 0, now 1'), got
+    for got,_ in told: assert 'cut' in got[6] and got[7].startswith('CheckpointError') and got[7].endswith('n was 0, now 1'), got
+
+def test_unseeded_heads(told):
+    "two processes, an unlabelled loader without a seed: heads begin and stay equal"
+    (*_,a),(*_,b) = (o[0] for o in told); assert len(a)==64 and a==b, (a, b)
 
 def test_refusals(ranks):
     "two processes, refused with words: fewer images than a batch of all"
