@@ -132,7 +132,7 @@ def _plain_dl(dl):
     res = dl.new(dl.dataset.new_empty(), cls=TfmdDL)
     res.after_batch = Pipeline([Normalize(f.mean, f.std, f.axes) if isinstance(f, DevelopCrops) else f for f in dl.after_batch.fs], split_idx=dl.after_batch.split_idx)
     for tl in res.dataset.tls:
-        if isinstance(tl.tfms.fs[0], ClassFolder): tl.tfms,tl.types = Pipeline(tl.tfms.fs[1:], split_idx=1),tl.types[1:]
+        if isinstance(first(tl.tfms.fs), ClassFolder): tl.tfms,tl.types = Pipeline(tl.tfms.fs[1:], split_idx=1),tl.types[1:]
         pic = [f for f in tl.tfms.fs if isinstance(f, ImageTransform) and f.split_idx==1]
         if not pic: continue
         fs = [v2.functional.to_pil_image, partial(PILImage.create, mode=None), v2.Compose([ImageOps.exif_transpose, to_rgb, pic[0].plain])]   # the last three as one: in between fastai would give images their file's type
