@@ -504,6 +504,7 @@ mutants = [
     M('show', "(learn,model),layer,res = _trained(self),self.fit_layer,[]", "learn,model = _trained(self); layer,res = find_feature_layer(model, first(_unlabeled_batches(learn, 2)), self.features),[]", 'show'),
     M('unlabeled', "mods.get(o.features, o.features) if isinstance(o.features, str) else o.features for o", "o.features for o", 'show'),
     M('objective', "layer_was.width==layer.width", "True", 'show'),
+    M('objective', 'raise NotImplementedError(f"{type(self).__name__} has no loss', 'return (f"{type(self).__name__} has no loss', 'objective'),
     M('show', "p = out if task=='regression' else class_probs(out, task)", "p = out", 'show'),
     M('show', "p = out if task=='regression' else class_probs(out, task)", "p = class_probs(out, task)", 'show'),
     M('show', "class_probs(teacher(x), self.made_for[0])", "class_probs(teacher(x), 'single')", 'show'),
