@@ -78,8 +78,9 @@ class LoaderOrder:
         self.dl = dl
     def __call__(self, key:int)->np.ndarray: # Items of a pass
         with seeded(key):
-            self.dl.rng = random.Random(key)
-            return np.array(list(self.dl.get_idxs()), dtype=np.int64)
+            rng,self.dl.rng = self.dl.rng,random.Random(key)
+            try: return np.array(list(self.dl.get_idxs()), dtype=np.int64)
+            finally: self.dl.rng = rng   # the loader is the user's
 
 class EpochSamples:
     "The sample indices of one epoch, made pass by pass as they are asked for: a function of its arguments alone"

@@ -394,6 +394,7 @@ mutants = [
     M('streams', 'int(o) if isinstance(o, numbers.Integral) else o', 'o', 'streams'),
     M('streams', 'else operator.index(seed)', 'else int(seed)', 'streams'),
     M('streams', 'o if -2**63<=(o := whole_dl(self.d).seed)<2**64 else o%2**63', 'whole_dl(self.d).seed', 'streams'),
+    M('streams', 'finally: self.dl.rng = rng', 'finally: pass', 'streams'),
     M('resume', "if self.main._fit and self.training: self.learn.iter += self.main._fit.shift", "pass", 'resume test_resume.py::test_killed_twice'),
     M('resume', "fit.runs[cb] = vars(cb).get('run'); cb.run = False", "pass", 'resume'),
     M('resume', "if due or last or got", "if due or got", 'test_resume.py::test_interrupt_in_a_notebook'),
