@@ -34,6 +34,7 @@ mutants = [
     M('images', "need += -(-m.size//4096)*4096", "need = 0", 'test_hard_cases.py::test_archive_larger_than_the_disk'),
     M('images', "[(Path(p),w) for p,w in later]", "[]", 'images'),
     M('images', "            part.mkdir()", "            part.mkdir(0o700)", 'test_cache.py::test_others_may_read'),
+    M('images', 'repr((m.name,m.size,m.mtime))', 'repr(m.size)', 'images'),
     M('resize', '(n/size).clamp(min=1)', '(n/size)', 'resize'),
     M('resize', '*(j<n)', '', 'resize'),
     M('resize', 'resize_weights(w, size, largest[1], flip)', 'resize_weights(w, size, largest[1])', 'resize augment'),
