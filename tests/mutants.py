@@ -465,6 +465,7 @@ mutants = [
     M('duplicates', "G -= G.mean(1, keepdims=True); ", "", 'duplicates doctor'),
     M('duplicates', "turn=exif_turn(im)", "turn=im.getexif().get(0x0112, 1)", 'duplicates'),
     M('duplicates', "_pairs_at_once = 1024", "_pairs_at_once = 10**9", 'duplicates'),
+    M('duplicates', 'step = max(1, _at_once//len(H))', 'step = 2048', 'duplicates'),
     M('doctor', "0 if p in valid else 1 if p in labeled else 2", "0 if p in labeled else 1 if p in valid else 2", 'doctor'),
     M('doctor', "if r>0]", "if True]", 'doctor'),
     M('doctor', "[(r+k)%4 for r in range(4)]", "[(r-k)%4 for r in range(4)]", 'doctor'),
