@@ -214,6 +214,7 @@ mutants = [
     M('transfer', 'dl.fake_l.pin_memory = pinned', 'pass', 'transfer'),
     M('memory', 'isinstance(e, torch.cuda.OutOfMemoryError)', 'False', 'memory test_cuda.py::test_memory_that_ran_out_is_torchs_own'),
     M('memory', 'except StepMemoryError: raise', 'except ZeroDivisionError: raise', 'memory'),
+    M('memory', "can't allocate memory|out of memory", "can't allocate memory", 'memory'),
     M('strong', '(.2989*r+.587*g+.114*b)', '(.587*r+.2989*g+.114*b)', 'strong'),
     M('randomness', '_set_determinism(*was)', 'pass', 'randomness'),
     M('randomness', "os.environ.setdefault(_cublas, ':4096:8')", 'pass', 'randomness'),
