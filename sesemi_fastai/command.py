@@ -56,7 +56,7 @@ def _call(f, args):
     from sesemi_fastai.memory import memory_advice
     args = vars(command_parser(f).parse_args(args))
     advice = [] if 'unlabeled_bs' in args else [getattr(f,'memory','.')]   # a command that trains has the usual one
-    with redirect_stdout(open(os.devnull,'w')) if rank_distrib() else nullcontext(), memory_advice(*advice): f(**args)
+    with open(os.devnull,'w') as nowhere, redirect_stdout(nowhere) if rank_distrib() else nullcontext(), memory_advice(*advice): f(**args)
     import torch
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 

@@ -71,12 +71,12 @@ class PairedDataLoaders(DataLoaders):
     ):
         "Pair the loaders of `dls` with unlabelled `items`, which go through the same transforms"
         train,items,order = dls.train,unlabeled_items(items),_own_order(dls)
-        _positive(unlabeled_bs=unlabeled_bs, n_steps=n_steps)
+        _positive(unlabeled_bs=unlabeled_bs, n_steps=n_steps); seed = whole_seed(seed)
         if on_bad_image not in ('error','skip'): raise ValueError(f"on_bad_image={on_bad_image!r} isn't known: use 'error' or 'skip'.")
         if bad is None and on_bad_image=='skip': bad = BadImages()
         if seed is None: seed = torch.randint(2**31, (1,)).item()
         with preserved(train.device):
-            n,m = len(order(seed)) if order else train.n,len(items)
+            n,m = len(order(random_key(seed))) if order else train.n,len(items)
             bs,ubs = _fit_bs(train.bs, n, 'labelled', verbose),_fit_bs(unlabeled_bs or max(2, train.bs//4), m, 'unlabelled', verbose)
             nw = ifnone(num_workers, train.fake_l.num_workers)
             kw = dict(cls=StreamDL, seed=seed, shuffle=True, drop_last=True, n_steps=n_steps, pass_of=max((n,bs), (m,ubs), key=lambda o: o[0]//o[1]), bad=bad)
@@ -132,7 +132,7 @@ def _plain_dl(dl):
     res = dl.new(dl.dataset.new_empty(), cls=TfmdDL)
     res.after_batch = Pipeline([Normalize(f.mean, f.std, f.axes) if isinstance(f, DevelopCrops) else f for f in dl.after_batch.fs], split_idx=dl.after_batch.split_idx)
     for tl in res.dataset.tls:
-        if isinstance(tl.tfms.fs[0], ClassFolder): tl.tfms,tl.types = Pipeline(tl.tfms.fs[1:], split_idx=1),tl.types[1:]
+        if isinstance(first(tl.tfms.fs), ClassFolder): tl.tfms,tl.types = Pipeline(tl.tfms.fs[1:], split_idx=1),tl.types[1:]
         pic = [f for f in tl.tfms.fs if isinstance(f, ImageTransform) and f.split_idx==1]
         if not pic: continue
         fs = [v2.functional.to_pil_image, partial(PILImage.create, mode=None), v2.Compose([ImageOps.exif_transpose, to_rgb, pic[0].plain])]   # the last three as one: in between fastai would give images their file's type
@@ -184,7 +184,7 @@ def from_folder(cls:PairedDataLoaders,
     verbose:bool=True # Say which folders of `train` were left out, and which batches are smaller than asked for
 )->PairedDataLoaders:
     "Labelled, validation and unlabelled images of a folder; raises, before anything is trained, where the data can't be right"
-    _positive(unlabeled_bs=unlabeled_bs, bs=bs, val_bs=val_bs, n_steps=n_steps)
+    _positive(unlabeled_bs=unlabeled_bs, bs=bs, val_bs=val_bs, n_steps=n_steps); seed = whole_seed(seed)
     if num_workers is not None and num_workers<0: raise ValueError(f"num_workers={num_workers} must be 0 or more.")
     rec,files = get_recipe(recipe, size),split_folder(path, train, valid, unlabeled, exclude, extra)
     if on_bad_image not in ('error','skip'): raise ValueError(f"on_bad_image={on_bad_image!r} isn't known: use 'error' or 'skip'.")

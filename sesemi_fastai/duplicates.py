@@ -51,6 +51,7 @@ def same_pixels(
     return [g for g in groups.values() if len(g)>1]
 
 # %% ../nbs/15_duplicates.ipynb #935e29f8
+_at_once = 2**24   # pairs whose hashes are compared: 64 MiB a matrix
 _pairs_at_once = 1024   # of 1,024 grey values each; a million pairs would take 12 GB
 
 def _correlations(G, a, b):
@@ -69,8 +70,9 @@ def close_pairs(
     G = np.stack([o.grey for o in looks]).reshape(len(looks),-1).astype(np.float32)
     G -= G.mean(1, keepdims=True); G /= np.linalg.norm(G, axis=1, keepdims=True)+1e-6
     rows = [np.zeros((0,4))]
-    for i in range(0, len(H), 2048):
-        bits = (64-H[i:i+2048]@H[i:].T)/2
+    step = max(1, _at_once//len(H))
+    for i in range(0, len(H), step):
+        bits = (64-H[i:i+step]@H[i:].T)/2
         a,b = np.nonzero(np.triu(bits<=max_bits+2.5, 1))
         rows.append(np.stack([a+i, b+i, bits[a,b].round(), _correlations(G, a+i, b+i)], 1))
     rows = np.concatenate(rows); bits,like = rows[:,2],rows[:,3]>=min_corr

@@ -200,10 +200,14 @@ class BadImages:
 class BadArchiveError(ValueError): "An archive that isn't one, is cut short, or wants to write outside its folder"
 
 def _digest(path):
-    "Twelve hex digits from the size, the first and the last MiB of `path`"
+    "Twelve hex digits from the size, the first and the last MiB of `path`, and, where it is a tar without compression, from its list of members"
     with open(path,'rb') as f:
         n = f.seek(0,2); h = hashlib.sha256(str(n).encode())
         for o in (0, max(0,n-2**20)): f.seek(o); h.update(f.read(2**20))
+    try:
+        with tarfile.open(path,'r:') as t:
+            for m in t: h.update(repr((m.name,m.size,m.mtime)).encode())
+    except (tarfile.TarError, EOFError, OSError): pass   # compressed, where any change is in its end, too; or none, which `_check_archive` reports
     return h.hexdigest()[:12]
 
 def _check_member(m, path):

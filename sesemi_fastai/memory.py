@@ -23,5 +23,5 @@ def memory_advice(
     except StepMemoryError: raise   # it does already
     except (MemoryError, RuntimeError) as e:
         gpu = isinstance(e, torch.cuda.OutOfMemoryError)
-        if not (gpu or isinstance(e, MemoryError) or "can't allocate memory" in str(e)): raise
+        if not (gpu or isinstance(e, MemoryError) or re.search("can't allocate memory|out of memory", str(e))): raise   # torch's for a CPU, and for a Mac's GPU
         raise (StepOutOfMemoryError if gpu else StepMemoryError)(f"There is not enough memory{' on the GPU' if gpu else ''}{advice}") from e

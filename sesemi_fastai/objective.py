@@ -129,6 +129,12 @@ class UnlabeledObjective(TransientCallback):
         "The views that it only makes targets from"
         return []
 
+    def loss(self,
+        batch # `BoundBatch` of the step
+    )->tuple: # The loss, a scalar, and figures `(N,)`, whose mean is the second column
+        "What an objective is: its loss on a batch of unlabelled images; raises `NotImplementedError` where a class has none of its own"
+        raise NotImplementedError(f"{type(self).__name__} has no loss: define loss(self, batch), which gives the loss and a figure for each image.")
+
     def make_heads(self,
         n_features:int, # Width of the model's pooled features
         n_out:int # Outputs of the model

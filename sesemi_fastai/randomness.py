@@ -25,7 +25,7 @@ class StepSeed(TransientCallback):
     order,run_valid,_learn,_states,_key = -5,False,None,None,None
     def __init__(self,
         seed:int=None # That of `dls.train` by default
-    ): self.step_seed = seed
+    ): self.step_seed = whole_seed(seed)
     def key(self,
         *parts # More of what the draw is for
     )->int: # A seed

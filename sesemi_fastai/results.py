@@ -49,7 +49,12 @@ class HistoryFile(TransientCallback,CSVLogger):
     def before_fit(self):
         "What is there stays until this fit has something to say: it may be of another job, which a fit that is refused must not touch"
         if hasattr(self, 'gather_preds'): return
+        self._let_go()
         self.file,self.old_logger,self.learn.logger = None,self.logger,self._write_line
+    def _let_go(self):
+        "After a fit that broke off, which fires no event: close its file, and put the logger back"
+        if getattr(self, 'file', None) is not None: self.file.close()
+        if self._learn is not None and self._learn.logger==self._write_line: self._learn.logger = self.old_logger
     def _write_line(self, log):
         if self.file is None:
             self.file = (self.path/self.fname).open('w')
@@ -63,7 +68,7 @@ class HistoryFile(TransientCallback,CSVLogger):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):   # set to None by `remove_cb`, also after an interrupted `fit(cbs=…)`
-        if self._learn is not None and self._learn.logger==self._write_line: self._learn.logger = self.old_logger
+        self._let_go()
         object.__setattr__(self, '_learn', learn)
 
 # %% ../nbs/13f_results.ipynb #13f00011

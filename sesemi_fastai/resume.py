@@ -148,20 +148,17 @@ def _begin(self:ResumeTraining, frame):
     before,_owners[key] = _owners.get(key),self
     if before is not None and before is not self and before._fit and not on_stack(before._fit.frame): before._end()   # of a fit that broke off
     try:
-        fit.settings = run_settings(learn, (self,self._first))|self._settings
-        errors = [o for o in from_all(self._take_folder(fit)) if o]
-        if errors: raise errors[0]
+        in_all_processes(self._take_folder, fit)
         state,path = newest_checkpoint(self._folder, fit.number)
-        if state is not None: self._accept(state, path)
+        if state is not None: in_all_processes(self._accept, state, path)
         fit.stop = StopSignals(frame, self._stop_now); fit.stop.install()
     except BaseException: self._end(); raise
 
 @patch
-def _take_folder(self:ResumeTraining, fit)->Exception:
-    "Why the folder can't be taken, by the first process for all"
-    if rank_distrib(): return
-    try: fit.lock = lock_folder(self._folder)
-    except (ValueError,OSError) as e: return e
+def _take_folder(self:ResumeTraining, fit):
+    "Settings of this fit, and, by the first process for all, its folder"
+    fit.settings = run_settings(self.learn, (self,self._first))|self._settings
+    if not rank_distrib(): fit.lock = lock_folder(self._folder)
 
 @patch
 def _accept(self:ResumeTraining, state, path):

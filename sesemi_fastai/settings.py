@@ -151,7 +151,7 @@ def describe_labels(
     "A digest of labels, as the first label transform gives them"
     res = []
     for tl in getattr(dset,'tls',[])[getattr(dset,'n_inp',1):]:
-        items,f = tl.items,first(tl.tfms.fs)
+        items,f = tl.items,first(tl.tfms.fs) or noop
         at = (lambda i: items.iloc[i]) if hasattr(items,'iloc') else items.__getitem__
         try: simple = len(items) and not isinstance(describe(f(at(0))), dict)
         except StopIteration: simple = False

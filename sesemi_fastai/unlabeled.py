@@ -176,6 +176,7 @@ def prepare(self:UnlabeledStep):
         if len(given)>1: raise ValueError(f"The objectives of this Learner read features of {len(given)} different layers: give all of them the same features=.")
         layer = find_feature_layer(model, x, first(given))
     task,seed = task_of(learn.loss_func, first(targets)),getattr(whole_dl(dl),'seed',None)
+    if seed is None and wrapped_ddp(learn) is not None: seed = from_rank0(lambda: torch.randint(2**31, (1,)).item())   # processes' own generators may differ, and heads must not
     for o in objectives: o.prepare(learn, layer, task, out.shape[-1] if isinstance(out, Tensor) else 0, seed); o.see_data(learn.dls)
     with preserved(x.device):   # views may draw
         for o in objectives: o.check(learn, x)

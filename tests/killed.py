@@ -4,10 +4,10 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from torch import nn
-from fastai.vision.all import Callback,ProgressCallback,noop,params
+from fastai.vision.all import Callback,DataLoaders,Datasets,ProgressCallback,TfmdDL,noop,params
 import sesemi_fastai.checkpoint as checkpoint
 from sesemi_fastai.all import EMA,ResumeTraining,RunConfig,TrainingStopped,deterministic_algorithms
-from sesemi_fastai.distributed import local_first,on_processes
+from sesemi_fastai.distributed import from_rank0,local_first,on_processes
 
 EPOCHS,STEPS = 2,5
 PLACES = ['after_loss','before_step','after_batch','before_validate','validation','after_epoch','writing']
@@ -104,6 +104,48 @@ def fetch(folder, rank, port):
         elif (folder/'fetched').exists(): (folder/f'seen-{rank}').touch()
     local_first(get)
     os._exit(0)   # gloo's own end may wait for the other
+
+class TwoArguments(Exception):
+    "One that can't be sent: it isn't made again from its message alone"
+    def __init__(self, a, b): super().__init__(f'{a} and {b}')
+
+def tell(folder, rank, port):
+    "What errors of one process become in both: each call's result or error, as it comes"
+    from accelerate import PartialState
+    import json,two_processes
+    one_of_two(rank, port)
+    PartialState(cpu=True, timeout=timedelta(seconds=20))
+    got,asked = [],[]
+    def note(f, *args):
+        try: got.append(f(*args))
+        except Exception as e: got.append(f'{type(e).__name__}: {e}')
+    def fail(where, error):
+        asked.append(where)
+        if rank==where: raise error
+        return 'done'
+    for o in (FileExistsError('run-0 exists'),TwoArguments(1, 2)): note(from_rank0, lambda: fail(0, o))
+    note(from_rank0, lambda: 'new')
+    for where in range(2): note(local_first, fail, where, OSError('no network'))
+    note(local_first, lambda: 'fetched')
+    def resumed(stop, n=0):
+        "A fit whose second process has other settings when it goes on"
+        class Stop(Callback):
+            order = 2_000_000
+            def after_batch(self):
+                if stop and self.training and self.iter==2: raise RuntimeError('cut')
+        learn = two_processes.learner(two_processes.data(4, 2), ResumeTraining(folder/'ckpt', every=1, settings=dict(n=n)), Stop())
+        try: two_processes.fit(learn)
+        except ValueError as e: raise type(e)(str(e).partition(')')[0][-20:])   # without the path
+    note(resumed, True); note(resumed, False, rank)
+    def unseeded():
+        "The head of a fit whose unlabelled loader has no seed, after the processes drew different numbers"
+        dls = two_processes.data(4, 2); torch.manual_seed(rank)
+        learn = two_processes.learner(DataLoaders(dls.train, dls.valid, TfmdDL(Datasets(range(100,126), [[two_processes.Paint()]]), bs=2, shuffle=True, drop_last=True, num_workers=0, device='cpu')))
+        two_processes.fit(learn)
+        return learn.rotation.fit_heads['head'].weight.flatten().tolist()
+    note(unseeded)
+    (folder/f'told-{rank}.json').write_text(json.dumps([got,len(asked)]))
+    os._exit(0)
 
 def leave_open(folder):
     "A pass of a loader with workers that is given up, and another that is open when the process ends"

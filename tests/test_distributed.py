@@ -180,6 +180,29 @@ def test_patience(processes, tmp_path):
     for p in ps: p.start()
     assert ended(ps)==[0,0] and (tmp_path/'seen-1').exists()
 
+@pytest.fixture(scope='module')
+def told(processes, tmp_path_factory):
+    "What each of two processes got of calls that fail in one of them, and how often it was asked"
+    pytest.importorskip('accelerate'); port,out = free_port(),tmp_path_factory.mktemp('told')
+    ps = [processes.Process(target=killed.tell, args=(out, rank, port)) for rank in range(2)]
+    for p in ps: p.start()
+    assert ended(ps)==[0,0]
+    return [json.loads((out/f'told-{i}.json').read_text()) for i in range(2)]
+
+def test_errors_are_told(told):
+    "two processes, an error in one: the other raises it, too, and takes no later answer for its own; what isn't fetched by the first isn't asked for by others"
+    (a,n),(b,m) = told
+    assert a[:6]==['FileExistsError: run-0 exists','TwoArguments: 1 and 2','new','OSError: no network','OSError: no network','fetched']
+    assert b[:6]==[a[0],'RuntimeError: TwoArguments: 1 and 2',*a[2:6]] and (n,m)==(4,1)
+
+def test_checkpoint_of_another_run_in_one(told):
+    "two processes, `ResumeTraining`: settings that differ in one process are refused in both"
+    for got,_ in told: assert 'cut' in got[6] and got[7].startswith('CheckpointError') and got[7].endswith('n was 0, now 1'), got
+
+def test_unseeded_heads(told):
+    "two processes, an unlabelled loader without a seed: heads begin and stay equal"
+    (*_,a),(*_,b) = (o[0] for o in told); assert len(a)==64 and a==b, (a, b)
+
 def test_refusals(ranks):
     "two processes, refused with words: fewer images than a batch of all"
     for r in ranks:
