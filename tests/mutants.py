@@ -262,7 +262,7 @@ mutants = [
     M('unlabeled', "        if len(targets)>1: raise", '        if False: raise', 'test_objectives.py::test_two_targets'),
     M('unlabeled', "if n*o.start_pct>n-1 and", 'if n*o.start_pct>n and', 'test_objectives.py::test_an_objective_that_never_begins'),
     M('unlabeled', 'with preserved(x.device):   # views may draw', 'if True:', 'test_matrix.py::test_generators'),
-    M('unlabeled', "    if not self._ready: self.prepare()\n", "    self.prepare()\n", 'test_backbones.py::test_an_epoch_asks'),
+    M('unlabeled', "    if not self._ready: self.prepare()\n", "    self.prepare()\n", 'test_backbones.py::test_an_epoch_asks_the_unlabelled_loader_for_its_batches_only'),
     M('unlabeled', '    if b is None: self._it,self.n_taken', '    if False: self._it,self.n_taken', 'test_backbones.py::test_unlabelled_loader_starts_over'),
     M('distributed', 'flat.div_(num_distrib())', 'pass', 'test_distributed.py::test_gradients'),
     M('distributed', 'groupby(tensors, lambda o: o.dtype)', 'groupby(tensors, id)', 'test_distributed.py::test_messages'),
