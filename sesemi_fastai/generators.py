@@ -39,6 +39,6 @@ def set_generators(
     states:dict # From `get_generators`
 ):
     "Put the generators back, but for those of GPUs that aren't there any more, as in a run that goes on with fewer"
-    random.setstate(states['python']); np.random.set_state(states['numpy']); torch.set_rng_state(states['torch'].cpu())
+    random.setstate(states['python']); np.random.set_state(states['numpy']); torch.set_rng_state(states['torch'])
     for k in {*states}-{'python','numpy','torch'}:
-        if _is_there(k): gpu_generator(k).set_state(states[k].cpu())
+        if _is_there(k): gpu_generator(k).set_state(states[k])
