@@ -1,10 +1,10 @@
 "Draw what pages show, from the results of runs: `python tools/figures.py`"
-import csv,itertools,json,statistics
+import csv,itertools,math,json,statistics
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from readme import differences,equal_share,data_words,objective_runs,objective_words,recipe_runs,root
+from readme import differences,equal_share,data_words,objective_runs,objective_words,recipe_runs,root,usual_cpu
 
 def effect(folder=root/'tests/benchmarks/results/imagewang-80', to=root/'nbs/images/effect.png'):
     "Validation accuracy of runs and their supervised baselines, by step"
@@ -46,10 +46,11 @@ def objectives(folder=root/'tests/benchmarks/results/objectives', to=root/'nbs/i
     fig.savefig(to, dpi=110); plt.close(fig)
 
 def curves(runs):
-    "Thousand image passes, minutes and accuracy in % after each epoch, of each run"
+    "Thousand image passes, minutes (of the usual machine) and accuracy in % after each epoch, of each run"
+    cpu = usual_cpu()
     for r in runs:
         acc = r['history']['accuracy']
-        yield [o/1000 for o in r['history']['passes']],[o/60 for o in itertools.accumulate(r['history']['seconds'])],[100*o for o in acc]
+        yield [o/1000 for o in r['history']['passes']],[o/60 if r['machine']['cpu']==cpu else math.nan for o in itertools.accumulate(r['history']['seconds'])],[100*o for o in acc]
 
 def recipes(to=root/'nbs/images/recipes.png'):
     "Accuracy over image passes, and over the time that they took: a line for each run"

@@ -160,11 +160,12 @@ def gain():
 
 def best_words():
     "What `recipe='best'` reached at equal image passes, beside its baseline and the published training; nothing where it wasn't run"
-    by = recipe_runs().get(1.,{}); best,base,published = (by.get(k,[]) for k in ('best','best, supervised baseline','protocol'))
+    by = recipe_runs().get(1.,{}); best,base,published = (by.get(k,[]) for k in ('best','best, supervised baseline','protocol')); long = recipe_runs().get(equal_share,{}).get('best, supervised baseline')
     if not (best and base and published): return []
     mean = lambda rs,k: statistics.mean(r[k] for r in rs)
     diffs = differences({r['seed']:r for r in best}, {r['seed']:r for r in base})
-    return ['', f"The parts of [`recipe='best'`](which_recipe.ipynb), with 18 layers (xresnet with SiLU, Ranger, progressive resizing, pseudo-labels late in training), reached {with_error([r['accuracy'] for r in best],'.1f')} % for as many image passes; their supervised baseline of equal steps {with_error([r['accuracy'] for r in base],'.1f')} %, {with_error(diffs,'.1f')} points less (mean ± standard error, {len(best)} seeds). They took {statistics.median(r['seconds'] for r in best)/mean(published,'seconds'):.1f} times as long as the published training with the fast recipe, side by side. The 50 layers that the recipe has by default haven't been trained to the end."]
+    longer = f", and that of equal image passes {mean(long,'accuracy'):.1f} %" if long else ''
+    return ['', f"The parts of [`recipe='best'`](which_recipe.ipynb), with 18 layers (xresnet with SiLU, Ranger, progressive resizing, pseudo-labels late in training), reached {with_error([r['accuracy'] for r in best],'.1f')} % for as many image passes; their supervised baseline of equal steps {with_error([r['accuracy'] for r in base],'.1f')} %, {with_error(diffs,'.1f')} points less (mean ± standard error, {len(best)} seeds){longer}. They took {statistics.median(r['seconds'] for r in best)/mean(published,'seconds'):.1f} times as long as the published training with the fast recipe, side by side. The 50 layers that the recipe has by default haven't been trained to the end."]
 
 # What the runs of tests/benchmarks/objectives.py are called, and their data
 objective_words = dict(rotation='rotation, four turns of each image', rotation_one='rotation, one turn of each image', jigsaw='jigsaw', entropy='entropy minimisation', pseudo_label='pseudo-label', pi_model='Pi model',
@@ -228,11 +229,16 @@ def recipe_runs():
     for r in map(json.loads, file.read_text(encoding='utf-8').splitlines() if file.exists() else []): by.setdefault(r['share'],{}).setdefault(r['name']+', supervised baseline'*r['baseline'],[]).append(r)
     return dict(sorted(by.items(), reverse=True))
 
+def usual_cpu():
+    "The processor that most of the runs had: times of others aren't comparable"
+    cpus = [r['machine']['cpu'] for by in recipe_runs().values() for rs in by.values() for r in rs]
+    return statistics.mode(cpus) if cpus else None
+
 def tried_recipes(shares):
     "What recipes reached at equal image passes, the best first, a table for each of some shares of them; a supervised baseline beside each that has one"
     parts = []
     mean = lambda rs,k: statistics.mean(o[k] for o in rs)
-    cpu = statistics.mode(r['machine']['cpu'] for by in recipe_runs().values() for rs in by.values() for r in rs) if recipe_runs() else None
+    cpu = usual_cpu()
     def minutes(rs):
         "Of the runs on the machine that made most of them; nothing where there are none"
         usual = [r for r in rs if r['machine']['cpu']==cpu]
