@@ -139,9 +139,9 @@ def tell(folder, rank, port):
     note(resumed, True); note(resumed, False, rank)
     def unseeded():
         "The head of a fit whose unlabelled loader has no seed, after the processes drew different numbers"
-        dls = two_processes.data(4, 2); torch.manual_seed(rank)
+        dls = two_processes.data(4, 2)
         learn = two_processes.learner(DataLoaders(dls.train, dls.valid, TfmdDL(Datasets(range(100,126), [[two_processes.Paint()]]), bs=2, shuffle=True, drop_last=True, num_workers=0, device='cpu')))
-        two_processes.fit(learn)
+        torch.manual_seed(rank); two_processes.fit(learn)
         return learn.rotation.fit_heads['head'].weight.flatten().tolist()
     note(unseeded)
     (folder/f'told-{rank}.json').write_text(json.dumps([got,len(asked)]))
