@@ -98,7 +98,7 @@ def benchmarks():
 def gpu():
     "What `make gpu` found: figures, and what became of each test; a sentence where it hasn't been run"
     file = root/'tests/results/gpu.json'
-    if not file.exists(): return 'No line of this library has been run on a GPU yet: `make gpu` does that, in under ten minutes on one, and writes these tables; see [several GPUs](howto/several_gpus.md#test-your-gpu).'
+    if not file.exists(): return 'No line of this library has been run on a GPU yet: `make gpu` does that, is meant to take less than ten minutes, and writes these tables; see [several GPUs](howto/several_gpus.md#test-your-gpu).'
     res = json.loads(file.read_text(encoding='utf-8')); card,m = res['card'],res['machine']
     rows = ['| figure | median | ratio | target |','| --- | --- | --- | --- |']
     rows += [f"| {r['name']} | {num(r['value'], r['unit'])} | "+(f"{r['ratio']:.2f}×"+(f" ({r['low']:.2f} to {r['high']:.2f})" if r['n']>1 else '') if r['ratio'] else '')+' | '+(f"≤ {r['target']:.2f}× |" if r['target'] else '|') for r in res['rows']]
